@@ -1,0 +1,221 @@
+"""One job: from a recipe to a tested checkpoint and a result on the disk."""
+
+import hashlib
+import json
+import math
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy
+import torch
+import torchvision
+
+import checkpoint
+import engine
+import losses
+import models
+from data import Batch, Batches, Dataset, Split
+from recipes import RECIPES, Recipe
+from runtime import Runtime, UserError
+from teacher import Teacher
+
+INFERENCE_BATCH = 500
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a job runs in: the data set, the hardware, the folders it writes to, and the choices that no row makes.
+
+    seed: of the weights and of the data's order. augment: random crop and flip of the training images. weights: the
+    teacher's start, see checkpoint.start_teacher.
+    """
+
+    dataset: Dataset
+    runtime: Runtime
+    checkpoint_dir: Path
+    results_dir: Path
+    seed: int = 0
+    augment: bool = False
+    weights: str = "imagenet"
+
+
+def train(recipe: Recipe, setup: Setup, teacher: Teacher | None = None) -> dict:
+    """Train a recipe's network, save it, test it; print the lines of both and write the result; give the result.
+
+    teacher: for the rows that distil.
+    Raises Diverged (nothing is written), UserError (a bad combination, a full disk).
+    """
+    started = time.perf_counter()
+    dataset, device = setup.dataset, setup.runtime.device
+    _check_batches(recipe, dataset)
+    torch.manual_seed(setup.seed)
+    network = models.build(recipe.network, dataset.num_classes)
+    if recipe.network == "teacher":
+        checkpoint.start_teacher(network, setup.weights)
+    network = network.to(device, memory_format=torch.channels_last)
+    batches = Batches(
+        dataset.train, dataset.mean, dataset.std, recipe.batch_size, device,
+        shuffle=True, seed=setup.seed, augment=setup.augment,
+    )  # fmt: skip
+    if teacher and not setup.augment:
+        teacher.remember(in_order(dataset.train, dataset, device), recipe.compares_maps)
+    epochs = []
+    for figures in engine.fit(
+        network,
+        batches,
+        batch_loss(recipe, network, teacher, len(batches), device),
+        lambda epoch: engine.step_lr(recipe.learning_rate, epoch, recipe.scheduler_step),
+        recipe.epochs,
+        setup.runtime,
+        recipe.job,
+    ):
+        print(f"Epoch [{figures['epoch']}/{recipe.epochs}], Train Loss: {figures['train_loss']:.8f}", flush=True)
+        epochs.append(figures)
+
+    path = setup.checkpoint_dir / f"{recipe.checkpoint}.pth"
+    checkpoint.save(network, path)
+    figures = test(network, dataset, plain(setup.runtime))
+    trained = sum(epoch["seconds"] for epoch in epochs)
+    result = {
+        **identity(recipe, setup, teacher),
+        "teacher_top1": teacher and teacher.top1,
+        "epochs": epochs,
+        "test": figures,
+        "seconds": time.perf_counter() - started,
+        "images_per_second": recipe.epochs * batches.n_images / trained,
+        "checkpoint": path.name,
+        "checkpoint_sha256": sha256(path),
+        "versions": versions(),
+        "device": setup.runtime.describe(),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+    write_json(result, result_path(recipe, setup))
+    return result
+
+
+def batch_loss(
+    recipe: Recipe, network: models.CifarResNet, teacher: Teacher | None, iterations: int, device: torch.device
+) -> Callable[[Batch, int, int], engine.Terms]:
+    """The function that engine.fit minimises: from a batch, its epoch and its iteration to the loss and its terms."""
+    objective = losses.objective(recipe)
+    alpha = losses.alpha_schedule(recipe.alpha, recipe.epochs, iterations).to(device)
+
+    def loss(batch: Batch, epoch: int, iteration: int) -> engine.Terms:
+        student = network(batch.images)
+        terms = objective(student, teacher and teacher(batch), batch.labels, alpha[epoch, iteration])
+        terms["train_top1"] = 100 * (student.logits.argmax(1) == batch.labels).double().mean()
+        return terms
+
+    return loss
+
+
+def test(network: models.CifarResNet, dataset: Dataset, runtime: Runtime) -> dict[str, float]:
+    """Test the network on the data set's test images; print the figures and give them."""
+    figures = evaluate(network, dataset, runtime)
+    print(
+        f"Test Loss: {figures['test_loss']:.8f}, Top-1 test Accuracy: {figures['top1']:.8f}%, "
+        f"Top-5 test Accuracy: {figures['top5']:.8f}%"
+    )
+    print(f"Mean test cross-entropy: {figures['mean_ce']:.8f}", flush=True)
+    return figures
+
+
+def evaluate(network: models.CifarResNet, dataset: Dataset, runtime: Runtime) -> dict[str, float]:
+    """engine.evaluate on the data set's test images."""
+    return engine.evaluate(network, in_order(dataset.test, dataset, runtime.device), runtime)
+
+
+def in_order(split: Split, dataset: Dataset, device: torch.device) -> Batches:
+    """All images of the split, in order, in batches for inference."""
+    return Batches(split, dataset.mean, dataset.std, INFERENCE_BATCH, device)
+
+
+def plain(runtime: Runtime) -> Runtime:
+    """The same device in fp32: figures are tested in it whatever the training's precision."""
+    return replace(runtime, precision="fp32")
+
+
+def load_network(job: str, folder: Path, dataset: Dataset, file: Path | None = None) -> models.CifarResNet:
+    """The trained network of a job, from `file` or from its checkpoint in the folder. Raises UserError."""
+    recipe = RECIPES[job]
+    script = "train_distillation.py" if recipe.distils else "train.py"
+    flags = "" if dataset.name == "cifar100" else f" --dataset {dataset.name}"
+    path = file or folder / f"{recipe.checkpoint}.pth"
+    network = models.build(recipe.network, dataset.num_classes)
+    hint = f"make it with: python {script} --model_job {job}{flags}"
+    return checkpoint.load(network, recipe.network, path, hint)
+
+
+def make_teacher(network: models.CifarResNet, path: Path, setup: Setup) -> Teacher:
+    """The frozen teacher, tested once, so that nobody distils from a dead one unknowingly; prints its top-1."""
+    top1 = evaluate(network, setup.dataset, plain(setup.runtime))["top1"]
+    print(f"Teacher Top-1: {top1:.8f}%", flush=True)
+    return Teacher(network, setup.runtime, sha256(path), top1)
+
+
+def identity(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> dict:
+    """What makes two runs the same run: a result of the same identity need not be made again."""
+    dataset = setup.dataset
+    row = {key: value for key, value in asdict(recipe).items() if key != "reference"}
+    return {
+        "job": recipe.job,
+        "dataset": dataset.name,
+        "data": {
+            "train_images": len(dataset.train.labels),
+            "test_images": len(dataset.test.labels),
+            "classes": dataset.num_classes,
+            "image_size": dataset.image_size,
+        },
+        "seed": setup.seed,
+        "augment": setup.augment,
+        "precision": setup.runtime.precision,
+        "recipe": row,
+        "weights": setup.weights if recipe.network == "teacher" else None,
+        "teacher": teacher and {"sha256": teacher.sha256},
+    }
+
+
+def result_path(recipe: Recipe, setup: Setup) -> Path:
+    """Where a run's result is kept."""
+    return setup.results_dir / f"{recipe.job}_seed{setup.seed}.json"
+
+
+def write_json(value: dict, path: Path) -> None:
+    """Write the file atomically."""
+    with checkpoint.replacing(path) as file:
+        file.write((json.dumps(value, indent=1) + "\n").encode())
+
+
+def sha256(path: Path) -> str:
+    """The file's SHA-256, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Of what computes."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": numpy.__version__,
+    }
+
+
+def _check_batches(recipe: Recipe, dataset: Dataset) -> None:
+    """Refuse a batch on which batch norm has one value a channel, and so nothing to normalise."""
+    n = len(dataset.train.labels)
+    last = n % recipe.batch_size or min(n, recipe.batch_size)
+    if last == 1 and math.ceil(dataset.image_size / 8) == 1:
+        raise UserError(
+            f"--batch_size {recipe.batch_size} leaves one image of {n} for the last batch, too few for batch norm at "
+            f"{dataset.image_size}x{dataset.image_size} pixels; choose another --batch_size"
+        )

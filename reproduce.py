@@ -1,0 +1,145 @@
+"""Every row in order: teacher, student, the eleven distilled students; then the table and the plots.
+
+    python reproduce.py --dataset digits --weights none --epochs 3
+    python reproduce.py --seeds 0 1 2
+
+What is finished is skipped: run it again to go on where it stopped. Writes checkpoints, one JSON a run into
+<results_dir>, and RESULTS.md, results.csv, top1.png and curves.png beside them. The teacher is trained once, with the
+first seed, and all students of all seeds are distilled from it.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import checkpoint
+import cli
+import data
+import jobs
+import report
+import runtime
+from jobs import Setup
+from recipes import RECIPES, Recipe
+from runtime import UserError
+from teacher import Teacher
+
+FULL_EPOCHS, FULL_STEP = RECIPES["student"].epochs, RECIPES["student"].scheduler_step
+
+
+def main() -> None:
+    args = parse()
+    hardware = runtime.choose(args.device, args.precision)
+    images = data.load(args.dataset, args.data_dir, args.image_size)
+    setup = cli.setup(args, images, hardware, seed=args.seeds[0], weights=args.weights)
+    try:
+        run_rows([scaled(RECIPES[job], args) for job in RECIPES if job in args.jobs], setup, args)
+    finally:
+        if list(setup.results_dir.glob("*_seed*.json")):
+            for path in report.write(setup.results_dir):
+                print(f"wrote {path}", file=sys.stderr)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = cli.Parser(description="Train and test every row in order; write the table and the plots.")
+    parser.add_argument("--jobs", nargs="+", choices=list(RECIPES), default=list(RECIPES), help="default: all thirteen")
+    parser.add_argument("--seeds", nargs="+", type=cli.seed_number, default=[0], help="default: 0")
+    parser.add_argument(
+        "--epochs", type=cli.count,
+        help=f"of the rows of {FULL_EPOCHS} epochs; the others, and the scheduler's steps, in proportion",
+    )  # fmt: skip
+    parser.add_argument(
+        "--scheduler_step", type=cli.count, help=f"of the rows with a step of {FULL_STEP}; the teacher's in proportion"
+    )
+    parser.add_argument("--learning_rate", type=cli.positive)
+    parser.add_argument("--batch_size", type=cli.count)
+    parser.add_argument(
+        "--weights", default="imagenet", help="the teacher's start: imagenet (default), none, or a FILE"
+    )
+    parser.add_argument(
+        "--teacher_augment", action="store_true", help="train the teacher with random crop (padding 4) and flip"
+    )
+    cli.add_data_flags(parser)
+    cli.add_results_flag(parser)
+    return parser.parse_args()
+
+
+def scaled(recipe: Recipe, args: argparse.Namespace) -> Recipe:
+    """The recipe with its epochs and its scheduler's step shrunk or stretched as the flags ask."""
+    ratio = args.epochs / FULL_EPOCHS if args.epochs else 1
+    step_ratio = args.scheduler_step / FULL_STEP if args.scheduler_step else ratio
+    recipe = replace(
+        recipe,
+        epochs=max(1, round(recipe.epochs * ratio)),
+        scheduler_step=max(1, round(recipe.scheduler_step * step_ratio)),
+        learning_rate=args.learning_rate or recipe.learning_rate,
+        batch_size=args.batch_size or recipe.batch_size,
+    )
+    return recipe
+
+
+def run_rows(rows: list[Recipe], setup: Setup, args: argparse.Namespace) -> None:
+    """Run what is not finished, row by row and seed by seed."""
+    teacher = None
+    for recipe in rows:
+        if recipe.network == "teacher":
+            run_once(recipe, replace(setup, augment=args.teacher_augment), None)
+            continue
+        if recipe.distils and teacher is None:
+            teacher = load_teacher(setup)
+        for seed in args.seeds:
+            folder = setup.checkpoint_dir / f"seed{seed}" if seed else setup.checkpoint_dir
+            checkpoint.ensure_writable(folder, "--checkpoint_dir")
+            run_once(recipe, replace(setup, seed=seed, checkpoint_dir=folder), teacher if recipe.distils else None)
+
+
+def load_teacher(setup: Setup) -> Teacher:
+    """The teacher in the checkpoint folder, trained here or put there."""
+    path = setup.checkpoint_dir / f"{RECIPES['teacher'].checkpoint}.pth"
+    return jobs.make_teacher(jobs.load_network("teacher", setup.checkpoint_dir, setup.dataset), path, setup)
+
+
+def run_once(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> None:
+    """Train and test the recipe, unless its result and its checkpoint are there already.
+
+    Raises UserError where what is there comes from other settings: a table must not mix them.
+    """
+    title = f"{recipe.job}, seed {setup.seed}"
+    result, weights = jobs.result_path(recipe, setup), setup.checkpoint_dir / f"{recipe.checkpoint}.pth"
+    if is_finished(result, weights, jobs.identity(recipe, setup, teacher)):
+        print(f"{title}: finished already", file=sys.stderr)
+        return
+    if recipe.network == "teacher" and weights.exists():
+        others = " ".join(job for job in RECIPES if job != "teacher")
+        raise UserError(f"{weights} was not made here: move it away, or distil from it with --jobs {others}")
+    print(f"{title}: {recipe.epochs} epochs", file=sys.stderr)
+    jobs.train(recipe, setup, teacher)
+
+
+def is_finished(result: Path, weights: Path, identity: dict) -> bool:
+    """Whether this very run is on the disk, its result and the checkpoint that the result is about."""
+    if not (result.exists() and weights.exists()):
+        return False
+    found = json.loads(result.read_text())
+    for key, value in flat(identity).items():
+        there = flat(found).get(key)
+        if there != value:
+            raise UserError(
+                f"{result} comes from other settings ({key}: {there} there, {value} now); "
+                "choose another --results_dir and --checkpoint_dir, or delete it"
+            )
+    return found["checkpoint_sha256"] == jobs.sha256(weights)
+
+
+def flat(tree: dict, prefix: str = "") -> dict:
+    """Nested dicts as one, keys joined by dots."""
+    items = {}
+    for key, value in tree.items():
+        items |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return items
+
+
+if __name__ == "__main__":
+    cli.run(main)

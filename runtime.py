@@ -1,0 +1,65 @@
+"""What a run runs on: device, precision, seed; and the exceptions that end a script with one line."""
+
+import platform
+from dataclasses import dataclass
+
+import torch
+
+
+class UserError(Exception):
+    """A mistake of the user's, as one line that says what is wrong and what to do. Scripts print it and exit with 2."""
+
+
+class Diverged(Exception):
+    """The loss or the weights became NaN or infinite. Scripts print it and exit with 1."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The device and the precision of the arithmetic: "bf16" (autocast, losses in float32) or "fp32"."""
+
+    device: torch.device
+    precision: str
+
+    def autocast(self) -> torch.autocast:
+        """The context to run networks in."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def describe(self) -> str:
+        """The device in words, for the results."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def choose(device: str = "auto", precision: str = "auto") -> Runtime:
+    """The runtime for --device auto|cpu|cuda and --precision auto|fp32|bf16.
+
+    auto takes CUDA where there is one, and bf16 where the hardware computes in it. What is in float32 is plain float32,
+    never TF32. Raises UserError for cuda where there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device is available here; use --device cpu, or auto")
+    chosen = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    if precision == "auto":
+        precision = "bf16" if _computes_in_bf16(chosen) else "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    # cuDNN times its algorithms once for each shape: an epoch has two, the full batch and the last short one.
+    torch.backends.cudnn.benchmark = True
+    return Runtime(chosen, precision)
+
+
+def _computes_in_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # torch has no public question for it.
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

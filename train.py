@@ -1,0 +1,36 @@
+"""Train the teacher or the student on hard labels.
+
+    python train.py --model_job teacher
+    python train.py --model_job student --epochs 50 --learning_rate 0.001 --batch_size 256 --scheduler_step 20
+
+Writes <checkpoint_dir>/resnet50.pth or resnet18.pth and <results_dir>/<job>_seed<seed>.json.
+"""
+
+import cli
+import data
+import jobs
+import runtime
+from recipes import RECIPES
+
+
+def main() -> None:
+    parser = cli.Parser(description="Train the teacher or the student on hard labels.")
+    parser.add_argument("--model_job", required=True, choices=[j for j, row in RECIPES.items() if not row.distils])
+    parser.add_argument("--weights", help="the teacher's start: imagenet (default), none, or a FILE (a state_dict)")
+    cli.add_training_flags(parser)
+    cli.add_data_flags(parser)
+    cli.add_results_flag(parser)
+    args = parser.parse_args()
+
+    recipe = cli.override(RECIPES[args.model_job], args)
+    if args.weights and args.model_job != "teacher":
+        raise runtime.UserError("--weights: the student starts from random weights; leave the flag away")
+    hardware = runtime.choose(args.device, args.precision)
+    images = data.load(args.dataset, args.data_dir, args.image_size)
+    weights = args.weights or "imagenet"
+    setup = cli.setup(args, images, hardware, seed=args.seed, augment=args.augment, weights=weights)
+    jobs.train(recipe, setup)
+
+
+if __name__ == "__main__":
+    cli.run(main)
