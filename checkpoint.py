@@ -1,17 +1,13 @@
 """Weights to and from disk: plain state_dicts, written atomically, read as data and never as code."""
 
-import os
 import pickle
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 from urllib.parse import urlparse
 
 import torch
 from torchvision.models import ResNet50_Weights
 
+from files import replacing
 from models import TITLES, CifarResNet
 from runtime import UserError
 
@@ -31,60 +27,11 @@ DAMAGED = (RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError, 
 State = dict[str, torch.Tensor]
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file to write that takes `path`'s place only once it is whole and on the disk; until then, `path` stays.
-
-    Raises UserError where the disk is full or the folder can't be written.
-    """
-    temporary = None
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are for their owner alone
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; what was there is as it was") from error
-    finally:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in the folder last through a power cut."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 def save(network: torch.nn.Module, path: Path) -> None:
     """Write the network's state_dict to `path`, atomically, as plain contiguous tensors on the CPU."""
     state = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
     with replacing(path) as file:
         torch.save(state, file)
-
-
-def ensure_writable(folder: Path, flag: str) -> None:
-    """Make the folder and write to it once, so that a run fails before its training, not after. Raises UserError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"0")
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another {flag}") from error
 
 
 def read(path: Path, hint: str) -> State:

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-import checkpoint
 import data
+import files
 import runtime
 from jobs import Setup
 from recipes import Recipe
@@ -115,8 +115,8 @@ def _default_dir(name: str, dataset: str) -> Path:
 
 def setup(args: argparse.Namespace, images: data.Dataset, hardware: runtime.Runtime, **choices) -> Setup:
     """What a job runs in; finds out before any training whether it can write what it will make. Raises UserError."""
-    checkpoint.ensure_writable(checkpoint_dir(args), "--checkpoint_dir")
-    checkpoint.ensure_writable(results_dir(args), "--results_dir")
+    files.ensure_writable(checkpoint_dir(args), "--checkpoint_dir")
+    files.ensure_writable(results_dir(args), "--results_dir")
     return Setup(images, hardware, checkpoint_dir(args), results_dir(args), **choices)
 
 

@@ -1,7 +1,5 @@
 """One job: from a recipe to a tested checkpoint and a result on the disk."""
 
-import hashlib
-import json
 import math
 import platform
 import shlex
@@ -20,6 +18,7 @@ import engine
 import losses
 import models
 from data import Batch, Batches, Dataset, Split
+from files import sha256, write_json
 from recipes import RECIPES, Recipe
 from runtime import Runtime, UserError
 from teacher import Teacher
@@ -183,21 +182,6 @@ def identity(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> dict:
 def result_path(recipe: Recipe, setup: Setup) -> Path:
     """Where a run's result is kept."""
     return setup.results_dir / f"{recipe.job}_seed{setup.seed}.json"
-
-
-def write_json(value: dict, path: Path) -> None:
-    """Write the file atomically."""
-    with checkpoint.replacing(path) as file:
-        file.write((json.dumps(value, indent=1) + "\n").encode())
-
-
-def sha256(path: Path) -> str:
-    """The file's SHA-256, in hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def versions() -> dict[str, str]:

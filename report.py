@@ -262,7 +262,7 @@ def _notes(rows: Rows) -> list[str]:
     n = _any_run(rows)["data"]["test_images"]
     batches = math.ceil(n / 256)
     notes = [
-        "top-1 and top-5 are percentages of the test images; gain is over the student, in points of top-1, seed by seed.",
+        "top-1 and top-5 are percentages of the test images; gain: over the student, in points of top-1, seed by seed.",
         "Test Loss is the sum over batches of 256 test images of each batch's mean CE, divided by the number of test "
         f"images: about mean CE / 256 on a large test set; here {batches} batches for {n:,} images, so about mean CE / "
         f"{n / batches:.0f}.",
@@ -320,7 +320,9 @@ def findings(rows: Rows) -> list[str]:
 def _gain_facts(paired: list[float], limit: float) -> list[str]:
     gain = statistics.mean(paired)
     relation = "more than" if gain > limit else "not more than"
-    facts = [f"Its gain on the student is {gain:+.2f} points of top-1, {relation} the {limit:.2f} points of noise above."]
+    facts = [
+        f"Its gain on the student is {gain:+.2f} points of top-1, {relation} the {limit:.2f} points of noise above."
+    ]
     if len(paired) == 1:
         facts.append("That is one seed: how far another seed would move it is not known from these runs.")
     else:

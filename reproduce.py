@@ -14,9 +14,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import checkpoint
 import cli
 import data
+import files
 import jobs
 import report
 import runtime
@@ -91,7 +91,7 @@ def run_rows(rows: list[Recipe], setup: Setup, args: argparse.Namespace) -> None
             teacher = load_teacher(setup)
         for seed in args.seeds:
             folder = setup.checkpoint_dir / f"seed{seed}" if seed else setup.checkpoint_dir
-            checkpoint.ensure_writable(folder, "--checkpoint_dir")
+            files.ensure_writable(folder, "--checkpoint_dir")
             run_once(recipe, replace(setup, seed=seed, checkpoint_dir=folder), teacher if recipe.distils else None)
 
 
@@ -130,7 +130,7 @@ def is_finished(result: Path, weights: Path, identity: dict) -> bool:
                 f"{result} comes from other settings ({key}: {there} there, {value} now); "
                 "choose another --results_dir and --checkpoint_dir, or delete it"
             )
-    return found["checkpoint_sha256"] == jobs.sha256(weights)
+    return found["checkpoint_sha256"] == files.sha256(weights)
 
 
 def flat(tree: dict, prefix: str = "") -> dict:

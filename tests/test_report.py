@@ -136,7 +136,9 @@ def test_noise_is_never_nothing(tmp_path):
     assert report.standard_error(report.read(tmp_path)) > 0
 
 
-@pytest.mark.parametrize(("top1", "words"), [(51.3, "+1.30 points of top-1, not more than"), (51.6, "points of top-1, more than")])
+@pytest.mark.parametrize(
+    ("top1", "words"), [(51.3, "+1.30 points of top-1, not more than"), (51.6, "points of top-1, more than")]
+)
 def test_findings(tmp_path, top1, words):
     put(tmp_path, "teacher", 99.0)
     put(tmp_path, "student", 50.0)
@@ -173,7 +175,9 @@ def test_digits_are_said_to_be_a_check(tmp_path):
     assert report_text(tmp_path).splitlines()[0] == "**This is a check of the pipeline, not a result.**"
 
 
-@pytest.mark.parametrize("data", [{**CIFAR, "train_images": 512}, {**CIFAR, "image_size": 64}, {**CIFAR, "classes": 10}])
+@pytest.mark.parametrize(
+    "data", [{**CIFAR, "train_images": 512}, {**CIFAR, "image_size": 64}, {**CIFAR, "classes": 10}]
+)
 def test_mixed_data_are_refused(tmp_path, data):
     put(tmp_path, "student", 59.0)
     put(tmp_path, "teacher", 59.0, data=data)

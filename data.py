@@ -1,0 +1,355 @@
+"""Data sets as tensors on the device, batches of them, augmentation.
+
+The digits (digits.npz) are the test part of "Optical Recognition of Handwritten Digits" by E. Alpaydin and C. Kaynak,
+UCI Machine Learning Repository, 1998, https://doi.org/10.24432/C50P49, CC BY 4.0: 1,797 images of 8x8 pixels, their
+values 0..16 stretched to 0..255. The split is fixed and stratified: of each class, shuffled, the first 297/1797 are for
+testing.
+"""
+
+import contextlib
+import hashlib
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torchvision import datasets
+
+import files
+from runtime import UserError
+
+DATASETS = ("cifar100", "cifar10", "tiny_imagenet", "folder", "digits")
+CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".tiff"}
+DIGITS = Path(__file__).with_name("digits.npz")
+PADDING = 4  # of the random crop, in pixels
+CACHE_FORMAT = 1
+
+Statistics = tuple[float, float, float]  # one value for each of red, green and blue
+
+
+class Split(NamedTuple):
+    """images: uint8 (N, H, W, 3), contiguous; labels: int64 (N,)."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set in memory, with the statistics of its training images' channels, pixels taken as 0 to 1."""
+
+    name: str
+    train: Split
+    test: Split
+    classes: tuple[str, ...]
+    mean: Statistics
+    std: Statistics
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def image_size(self) -> int:
+        """The side of the images, which are square."""
+        return self.train.images.shape[1]
+
+
+class Batch(NamedTuple):
+    """index: int64 (B,), which images of the split; images: float32 (B, 3, H, W), channels last; labels: int64 (B,)."""
+
+    index: torch.Tensor
+    images: torch.Tensor
+    labels: torch.Tensor
+
+
+def normalise(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """(pixel / 255 - mean) / std: uint8 (N, H, W, 3) and (3,), (3,) to float32 (N, 3, H, W) in channels_last memory."""
+    pixels = images.float().div_(255)
+    return pixels.sub_(mean).div_(std).permute(0, 3, 1, 2)
+
+
+class Batches:
+    """The images of a split on a device, given batch by batch; the last, short batch is kept.
+
+    shuffle: in an order that depends on (seed, epoch) alone. augment: a random crop with padding 4 (of black pixels)
+    and a horizontal flip with probability 1/2 for every image, which depend on (seed, epoch, image) alone.
+    """
+
+    def __init__(
+        self, split: Split, mean: Statistics, std: Statistics, batch_size: int, device: torch.device,
+        *, shuffle: bool = False, seed: int = 0, augment: bool = False,
+    ):  # fmt: skip
+        self.images, self.labels = split.images.to(device), split.labels.to(device)
+        self.size = split.images.shape[1]
+        self.batch_size, self.device = batch_size, device
+        self.shuffle, self.seed, self.augment = shuffle, seed, augment
+        # On the device from the start: a tensor made from Python's numbers in the step would wait for the device.
+        self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
+        if augment:
+            self.images = torch.nn.functional.pad(self.images, (0, 0, PADDING, PADDING, PADDING, PADDING))
+            self.sides = torch.arange(self.size, device=device)
+
+    @property
+    def n_images(self) -> int:
+        return len(self.labels)
+
+    def __len__(self) -> int:
+        return -(-self.n_images // self.batch_size)
+
+    def order(self, epoch: int) -> torch.Tensor:
+        """The images' indices in the order of that epoch, int64 (N,), on the CPU."""
+        if not self.shuffle:
+            return torch.arange(self.n_images)
+        return torch.randperm(self.n_images, generator=_generator(self.seed, epoch, 0))
+
+    def views(self, epoch: int) -> torch.Tensor:
+        """How each image is seen in that epoch: int64 (N, 3) of crop offsets dy, dx in 0..8, and flip, on the CPU."""
+        generator = _generator(self.seed, epoch, 1)
+        offsets = torch.randint(2 * PADDING + 1, (self.n_images, 2), generator=generator)
+        return torch.cat([offsets, torch.randint(2, (self.n_images, 1), generator=generator)], dim=1)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch (from 0), from number `start` on, just as if those before had been given too."""
+        order = self._move(self.order(epoch))
+        views = self._move(self.views(epoch)) if self.augment else None
+        for index in order.split(self.batch_size)[start:]:
+            images = self.images[index] if views is None else self._crop(index, views[index])
+            yield Batch(index, normalise(images, self.mean, self.std), self.labels[index])
+
+    def _move(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
+
+    def _crop(self, index: torch.Tensor, views: torch.Tensor) -> torch.Tensor:
+        """Each image's own window of its padded self, mirrored where its view says so: uint8 (B, H, W, 3)."""
+        dy, dx, flip = views.unsqueeze(2).unbind(1)
+        rows = dy + self.sides
+        columns = dx + torch.where(flip.bool(), self.sides.flip(0), self.sides)
+        return self.images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def _generator(seed: int, epoch: int, purpose: int) -> torch.Generator:
+    """A generator on the CPU, so that all devices see the same order; SeedSequence mixes its numbers well."""
+    state = np.random.SeedSequence([seed, epoch, purpose]).generate_state(2, np.uint32)
+    return torch.Generator().manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
+
+
+def load(name: str, data_dir: str | Path = "data", image_size: int | None = None) -> Dataset:
+    """The data set of that name, one of DATASETS, read from data_dir.
+
+    image_size: the side that images are resized to; for "folder" (32 if None) and "tiny_imagenet" (64 if None) alone.
+    Raises UserError for a data set that is unknown, missing, damaged, or that can't be downloaded.
+    """
+    data_dir = Path(data_dir)
+    if name not in DATASETS:
+        raise UserError(f"unknown data set {name}; there are {', '.join(DATASETS)}")
+    if image_size is not None and name not in ("folder", "tiny_imagenet"):
+        raise UserError(f"--image_size: the images of {name} have a fixed size; leave the flag away")
+    if image_size is not None and image_size < 8:
+        raise UserError(f"--image_size {image_size} is too small; the networks need 8 at least")
+    if name == "digits":
+        return _digits()
+    if name == "folder":
+        return _decoded(name, data_dir, _folder_files(data_dir), image_size or 32)
+    if name == "tiny_imagenet":
+        root = _tiny_imagenet_root(data_dir)
+        return _decoded(name, root, _tiny_imagenet_files(root), image_size or 64)
+    return _cifar(name, data_dir)
+
+
+def _dataset(name: str, train: Split, test: Split, classes: tuple[str, ...]) -> Dataset:
+    if name == "cifar100":
+        return Dataset(name, train, test, classes, CIFAR100_MEAN, CIFAR100_STD)
+    return Dataset(name, train, test, classes, *_statistics(train.images))
+
+
+def _statistics(images: torch.Tensor) -> tuple[Statistics, Statistics]:
+    """Mean and standard deviation of each channel, in float64, from how often each pixel value occurs."""
+    pixels = torch.arange(256, dtype=torch.float64) / 255
+    counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(3)]).double()
+    shares = counts / counts.sum(1, keepdim=True)
+    mean = shares @ pixels
+    std = (shares @ pixels**2 - mean**2).clamp(min=0).sqrt()
+    std[std < 1e-6] = 1.0  # a channel of one value: nothing to stretch
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def _digits() -> Dataset:
+    with np.load(DIGITS, allow_pickle=False) as arrays:
+        train, test = (
+            Split(
+                torch.from_numpy(arrays[f"{part}_images"]).unsqueeze(3).expand(-1, -1, -1, 3).contiguous(),
+                torch.from_numpy(arrays[f"{part}_labels"]).long(),
+            )
+            for part in ("train", "test")
+        )
+    return _dataset("digits", train, test, tuple("0123456789"))
+
+
+def _cifar(name: str, data_dir: Path) -> Dataset:
+    """CIFAR-10 or CIFAR-100 by torchvision, downloaded where it is not there yet."""
+    kind = datasets.CIFAR100 if name == "cifar100" else datasets.CIFAR10
+    with contextlib.redirect_stdout(sys.stderr):  # torchvision's remarks are no figures
+        try:
+            parts = [kind(data_dir, train=train, download=False) for train in (True, False)]
+        except RuntimeError:  # missing, or a file is not as its checksum says
+            parts = _download_cifar(kind, name, data_dir)
+    train, test = (Split(torch.from_numpy(part.data), torch.tensor(part.targets)) for part in parts)
+    return _dataset(name, train, test, tuple(parts[0].classes))
+
+
+def _download_cifar(kind: type[datasets.CIFAR10], name: str, data_dir: Path) -> list[datasets.CIFAR10]:
+    try:
+        return [kind(data_dir, train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError) as error:  # no network; what came is damaged
+        damaged = f"{data_dir / kind.base_folder} is incomplete or damaged, and " if _exists(kind, data_dir) else ""
+        raise UserError(
+            f"{damaged}{name} can't be downloaded ({error}); put {kind.filename} (from {kind.url}) into {data_dir}, "
+            "or use --dataset digits or --dataset folder, which need no network"
+        ) from None
+
+
+def _exists(kind: type[datasets.CIFAR10], data_dir: Path) -> bool:
+    return (data_dir / kind.base_folder).exists() or (data_dir / kind.filename).exists()
+
+
+Files = dict[str, list[tuple[Path, str]]]  # for "train" and "test": each image and its class
+
+
+def _folder_files(root: Path) -> Files:
+    """The images of train/<class>/* and test/<class>/*; class folders may be links."""
+    listing = {part: _class_files(root / part, root) for part in ("train", "test")}
+    only = {part: {name for _, name in found} for part, found in listing.items()}
+    for part, other in (("train", "test"), ("test", "train")):
+        if extra := sorted(only[part] - only[other]):
+            names = ", ".join(extra[:5]) + (f" and {len(extra) - 5} more" if len(extra) > 5 else "")
+            raise UserError(f"{root}: classes in {part}/ that are not in {other}/: {names}; both need the same")
+    return listing
+
+
+def _class_files(part: Path, root: Path) -> list[tuple[Path, str]]:
+    if not part.is_dir():
+        raise UserError(f"{part} is not there; {root} must hold train/<class>/<images> and test/<class>/<images>")
+    classes = sorted(entry for entry in part.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    files = [(path, folder.name) for folder in classes for path in _images_in(folder)]
+    if not files:
+        raise UserError(f"{part} holds no images; it must hold a folder of images for each class")
+    return files
+
+
+def _images_in(folder: Path) -> list[Path]:
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
+    if not paths:
+        raise UserError(f"{folder} holds no images ({' '.join(sorted(SUFFIXES))})")
+    return paths
+
+
+def _tiny_imagenet_root(data_dir: Path) -> Path:
+    for root in (data_dir / "tiny-imagenet-200", data_dir):
+        if (root / "val" / "val_annotations.txt").is_file():
+            return root
+    raise UserError(f"{data_dir} holds no tiny-imagenet-200 folder; unpack tiny-imagenet-200.zip there")
+
+
+def _tiny_imagenet_files(root: Path) -> Files:
+    """The standard layout; its labelled validation images are the test images."""
+    train = [
+        (path, folder.name)
+        for folder in sorted((root / "train").glob("*"))
+        if folder.is_dir()
+        for path in _images_in(folder / "images")
+    ]
+    lines = (root / "val" / "val_annotations.txt").read_text().splitlines()
+    fields = [line.split("\t") for line in lines if line.strip()]
+    test = [(root / "val" / "images" / field[0], field[1]) for field in fields if len(field) > 1]
+    if not train or not test:
+        raise UserError(f"{root}: train/ or val/ holds no images; unpack tiny-imagenet-200.zip again")
+    if unknown := {name for _, name in test} - {name for _, name in train}:
+        raise UserError(f"{root}: val_annotations.txt names {min(unknown)}, which is no class of train/")
+    return {"train": train, "test": test}
+
+
+def _decoded(name: str, root: Path, listing: Files, size: int) -> Dataset:
+    """Decode the images, or take them from the cache beside them where nothing changed since."""
+    classes = tuple(sorted({label for _, label in listing["train"]}))
+    number = {label: index for index, label in enumerate(classes)}
+    cache, key = root / f".decoded_{size}.npz", _fingerprint(root, listing, size)
+    images = _read_cache(cache, key)
+    if images is None:
+        images = {part: _decode([path for path, _ in found], size) for part, found in listing.items()}
+        _write_cache(cache, key, images)
+    splits = {
+        part: Split(torch.from_numpy(images[part]), torch.tensor([number[label] for _, label in found]))
+        for part, found in listing.items()
+    }
+    return _dataset(name, splits["train"], splits["test"], classes)
+
+
+def _fingerprint(root: Path, listing: Files, size: int) -> str:
+    """What changes when an image is added, removed, renamed or written anew, or is to have another size."""
+    digest = hashlib.sha256(f"{CACHE_FORMAT} {size}\n".encode())
+    for part, found in listing.items():
+        for path, label in found:
+            status = _status(path)
+            digest.update(f"{part}\0{label}\0{path.name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _status(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _decode(paths: list[Path], size: int) -> np.ndarray:
+    """uint8 (N, size, size, 3), decoded by as many threads as there are cores (Pillow lets go of the lock)."""
+    images = np.empty((len(paths), size, size, 3), np.uint8)
+
+    def decode(index: int) -> None:
+        images[index] = _read_image(paths[index], size)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in pool.map(decode, range(len(paths))):
+            pass
+    return images
+
+
+def _read_image(path: Path, size: int) -> Image.Image:
+    """The image in RGB, scaled (Lanczos) to cover size x size and cut to it around its centre."""
+    try:
+        with Image.open(path) as image:
+            rgb = image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read the image {path}: {error}; mend or remove it") from None
+    return rgb if rgb.size == (size, size) else ImageOps.fit(rgb, (size, size), Image.Resampling.LANCZOS)
+
+
+def _read_cache(path: Path, key: str) -> dict[str, np.ndarray] | None:
+    """The decoded images in the cache, or None where it is missing, damaged or of other images."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            if str(arrays["key"]) != key:
+                return None
+            return {part: arrays[part] for part in ("train", "test")}
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+        return None
+
+
+def _write_cache(path: Path, key: str, images: dict[str, np.ndarray]) -> None:
+    """Keep the decoded images; a folder that can't be written costs time at the next start, no more."""
+    try:
+        with files.replacing(path) as file:
+            np.savez(file, key=np.array(key), **images)
+    except UserError as error:
+        print(f"the decoded images are not kept, the next start decodes them again ({error})", file=sys.stderr)
