@@ -46,7 +46,7 @@ def read(path: Path, hint: str) -> State:
     except (IsADirectoryError, PermissionError) as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error):
+        if "global" in str(error).lower():  # it names something to import: a class, or a function to call
             raise UserError(f"{path} holds more than tensors and could run code: refused. Save a state_dict") from None
         raise UserError(f"{path} is damaged, or not a checkpoint of PyTorch; {hint}") from None
     except DAMAGED:

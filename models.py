@@ -40,12 +40,13 @@ class CifarResNet(ResNet):
         self.fc = nn.Linear(self.fc.in_features, num_classes)
 
     def classify(self, layer4: torch.Tensor) -> torch.Tensor:
-        """Logits, float32 (B, classes), of a last feature map.
+        """Logits (B, classes) of a last feature map.
 
-        In float32 whatever the autocast: logits rounded to bfloat16 tie, and a tie is settled by the class's number.
+        In the weights' own precision, float32, whatever the autocast: logits rounded to bfloat16 tie, and a tie is
+        settled by the class's number.
         """
         with torch.autocast(layer4.device.type, enabled=False):
-            return self.fc(torch.flatten(self.avgpool(layer4.float()), 1))
+            return self.fc(torch.flatten(self.avgpool(layer4.to(self.fc.weight.dtype)), 1))
 
     def forward(self, images: torch.Tensor) -> Outputs:
         x = self.relu(self.bn1(self.conv1(images)))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import checkpoint
+import files
 from recipes import RECIPES
 from runtime import UserError
 
@@ -84,7 +84,7 @@ def write(results_dir: Path) -> list[Path]:
         "curves.png": curves_plot(rows),
     }
     for name, content in contents.items():
-        with checkpoint.replacing(results_dir / name) as file:
+        with files.replacing(results_dir / name) as file:
             file.write(content)
     return [results_dir / name for name in contents]
 

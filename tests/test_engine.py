@@ -1,0 +1,199 @@
+"""The loop, the evaluation and the teacher, against plain PyTorch."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import engine
+import jobs
+import models
+from data import Batches, Split
+from models import Outputs
+from recipes import RECIPES
+from runtime import Diverged, Runtime
+from teacher import Teacher
+
+CPU = torch.device("cpu")
+
+
+def some(split, n):
+    return Split(split.images[:n], split.labels[:n])
+
+
+def digits_batches(digits, n=60, batch_size=32, **options):
+    return Batches(some(digits.train, n), digits.mean, digits.std, batch_size, CPU, **options)
+
+
+def student(seed=0, kind="student"):
+    torch.manual_seed(seed)
+    return models.build(kind, 10).to(memory_format=torch.channels_last)
+
+
+def hard_loss(network):
+    return lambda batch, epoch, iteration: {"loss": F.cross_entropy(network(batch.images).logits, batch.labels)}
+
+
+def fit(network, batches, loss=None, rate=0.001, epochs=1):
+    cpu = Runtime(CPU, "fp32")
+    return list(engine.fit(network, batches, loss or hard_loss(network), lambda epoch: rate, epochs, cpu, "test"))
+
+
+def test_step_lr():
+    rates = [engine.step_lr(0.001, epoch, 20) for epoch in (0, 19, 20, 39, 40)]
+    assert rates == pytest.approx([1e-3, 1e-3, 1e-4, 1e-4, 1e-5])
+
+
+def test_fit_is_plain_adam(digits):
+    """Two epochs of three batches, the last one short, against torch.optim and StepLR used as in a tutorial."""
+    network, expected = student(), student()
+    batches = digits_batches(digits, n=70, shuffle=True)
+    optimiser = torch.optim.Adam(expected.parameters(), lr=0.001)
+    schedule = torch.optim.lr_scheduler.StepLR(optimiser, 1)
+    losses = []
+    for epoch in range(2):
+        total = 0.0
+        for batch in batches.epoch(epoch):
+            loss = F.cross_entropy(expected(batch.images).logits, batch.labels)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            total += loss.item() * len(batch.labels)
+        schedule.step()
+        losses.append(total / 70)
+    cpu = Runtime(CPU, "fp32")
+    given = list(
+        engine.fit(network, batches, hard_loss(network), lambda e: engine.step_lr(0.001, e, 1), 2, cpu, "test")
+    )
+    assert [figures["train_loss"] for figures in given] == pytest.approx(losses, rel=1e-3)
+    assert [figures["learning_rate"] for figures in given] == pytest.approx([1e-3, 1e-4])
+    assert [figures["epoch"] for figures in given] == [1, 2]
+
+
+def test_fit_repeats_itself(digits):
+    weights = []
+    for _ in range(2):
+        network = student()
+        fit(network, digits_batches(digits, shuffle=True))
+        weights.append(network.state_dict())
+    assert all(value.equal(weights[1][key]) for key, value in weights[0].items())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops(digits, value):
+    network = student()
+
+    def loss(batch, epoch, iteration):
+        return {"loss": network(batch.images).logits.sum() * (value if iteration == 0 else 1)}
+
+    with pytest.raises(Diverged, match="epoch 1"):
+        fit(network, digits_batches(digits), loss)
+
+
+def test_weights_that_are_not_finite_stop(digits):
+    """A last step whose loss is finite and whose gradient is not."""
+    network = student()
+
+    def loss(batch, epoch, iteration):
+        return {"loss": (network(batch.images).logits.sum() * 0).abs().sqrt()}
+
+    with pytest.raises(Diverged):
+        fit(network, digits_batches(digits, n=32), loss)
+
+
+def reference_figures(network, digits):
+    """As a tutorial tests: batches of 256 in order, mean cross-entropy a batch."""
+    images = digits.test.images.permute(0, 3, 1, 2) / 255
+    images = (images - torch.tensor(digits.mean)[:, None, None]) / torch.tensor(digits.std)[:, None, None]
+    total, top1, top5 = 0.0, 0, 0
+    with torch.no_grad():
+        for pixels, labels in zip(images.split(256), digits.test.labels.split(256), strict=True):
+            logits = network.eval()(pixels).logits
+            total += F.cross_entropy(logits, labels).item()
+            ranked = logits.argsort(1, descending=True)
+            top1 += (ranked[:, 0] == labels).sum().item()
+            top5 += (ranked[:, :5] == labels[:, None]).sum().item()
+    n = len(digits.test.labels)
+    return 100 * top1 / n, 100 * top5 / n, total / n
+
+
+@pytest.mark.parametrize("batch_size", [297, 100, 64])
+def test_evaluate(digits, cpu, scaled_like_trained, batch_size):
+    network = scaled_like_trained(student())
+    top1, top5, test_loss = reference_figures(network, digits)
+    batches = Batches(digits.test, digits.mean, digits.std, batch_size, CPU)
+    figures = engine.evaluate(network, batches, cpu)
+    assert (figures["top1"], figures["top5"]) == (pytest.approx(top1), pytest.approx(top5))
+    assert figures["test_loss"] == pytest.approx(test_loss, rel=1e-5)
+    assert figures["images"] == 297
+    # 297 images are batches of 256 and 41, so the mean of all is not the sum over batches.
+    assert figures["mean_ce"] / 297 * 2 != pytest.approx(figures["test_loss"], rel=1e-4)
+
+
+class Fixed(models.CifarResNet):
+    """Gives the logits that it is told, whatever the images."""
+
+    def forward(self, images):
+        return Outputs(logits=self.answer.expand(len(images), -1))
+
+
+def fixed(answer):
+    network = models.build("student", len(answer))
+    network.__class__, network.answer = Fixed, torch.tensor(answer)
+    return network
+
+
+def test_a_network_that_cannot_tell_classes_apart_scores_by_chance(digits, cpu):
+    batches = Batches(digits.test, digits.mean, digits.std, 100, CPU)
+    figures = engine.evaluate(fixed([0.0] * 10), batches, cpu)
+    assert figures["top1"] < 15 and figures["top5"] < 60
+    assert figures["mean_ce"] == pytest.approx(math.log(10), rel=1e-5)
+
+
+def test_top5_of_three_classes(cpu):
+    split = Split(torch.zeros(6, 8, 8, 3, dtype=torch.uint8), torch.tensor([0, 1, 2, 0, 1, 2]))
+    figures = engine.evaluate(fixed([0.0, 5.0, 1.0]), Batches(split, (0, 0, 0), (1, 1, 1), 4, CPU), cpu)
+    assert figures["top1"] == pytest.approx(100 / 3) and figures["top5"] == 100
+
+
+def test_evaluate_changes_nothing(digits, cpu):
+    network = student().train()
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    engine.evaluate(network, Batches(some(digits.test, 30), digits.mean, digits.std, 30, CPU), cpu)
+    assert network.training and all(p.requires_grad for p in network.parameters())
+    assert all(value.equal(before[key]) for key, value in network.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def teacher_network():
+    torch.manual_seed(1)
+    return models.build("teacher", 10)
+
+
+def test_distilling_leaves_the_teacher_as_it_is(digits, cpu, teacher_network):
+    teacher, network = Teacher(teacher_network, cpu, "", 0.0), student(kind="feature_student")
+    before = {key: value.clone() for key, value in teacher.network.state_dict().items()}
+    start = {key: value.clone() for key, value in network.state_dict().items()}
+    batches = digits_batches(digits)
+    fit(network, batches, jobs.batch_loss(RECIPES["distillation_LDH"], network, teacher, len(batches), CPU))
+    assert all(value.equal(before[key]) for key, value in teacher.network.state_dict().items())
+    assert not any(value.equal(start[key]) for key, value in network.state_dict().items() if "weight" in key)
+
+
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 2e-2)])
+def test_remembered_outputs_are_the_live_ones(digits, teacher_network, precision, tolerance):
+    teacher = Teacher(teacher_network, Runtime(CPU, precision), "", 0.0)
+    in_order = digits_batches(digits, batch_size=25)
+    shuffled = list(digits_batches(digits, shuffle=True).epoch(0))
+    live = [teacher(batch) for batch in shuffled]
+    for with_maps in (False, True):  # the maps are asked for later
+        teacher.remember(in_order, with_maps)
+        for batch, expected in zip(shuffled, live, strict=True):
+            given = teacher(batch)
+            torch.testing.assert_close(given.logits, expected.logits, rtol=tolerance, atol=tolerance)
+            assert (given.layer4 is not None) == with_maps
+            if with_maps:
+                torch.testing.assert_close(
+                    given.layer4.float(), expected.layer4.float(), rtol=tolerance, atol=tolerance
+                )

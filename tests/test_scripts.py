@@ -1,0 +1,302 @@
+"""The scripts as a user runs them: flags in, lines and files out."""
+
+import fcntl
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import struct
+import termios
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import models
+from recipes import RECIPES, ROWS
+
+EPOCH = r"Epoch \[(\d+)/(\d+)\], Train Loss: (\d+\.\d{8})"
+TEST = r"Test Loss: (\d\.\d{8}), Top-1 test Accuracy: (\d+\.\d{8})%, Top-5 test Accuracy: (\d+\.\d{8})%"
+MEAN = r"Mean test cross-entropy: (\d+\.\d{8})"
+TEACHER = r"Teacher Top-1: (\d+\.\d{8})%"
+
+
+def losses_of(out):
+    return [float(match[2]) for match in re.findall(EPOCH, out)]
+
+
+def script_of(job):
+    return "train_distillation.py" if RECIPES[job].distils else "train.py"
+
+
+def lines_are(out, *patterns):
+    lines = out.splitlines()
+    assert len(lines) == len(patterns), out
+    for line, pattern in zip(lines, patterns, strict=True):
+        assert re.fullmatch(pattern, line), line
+
+
+# on digits, from beginning to end
+
+
+def test_teacher_and_students_on_digits(script, tmp_path):
+    digits = ["--dataset", "digits", "--device", "cpu"]
+    ran = script("train.py", "--model_job", "teacher", "--weights", "none", "--epochs", 2, "--batch_size", 500, *digits)
+    assert ran.code == 0, ran.err
+    lines_are(ran.out, EPOCH, EPOCH, TEST, MEAN)
+    assert ran.err == ""  # no bar where there is no terminal
+
+    ran = script("train.py", "--model_job", "student", "--epochs", 3, "--scheduler_step", 2, *digits)
+    lines_are(ran.out, EPOCH, EPOCH, EPOCH, TEST, MEAN)
+    losses = losses_of(ran.out)
+    assert losses[2] < losses[0] / 2
+    tested = re.search(TEST, ran.out)
+    assert float(tested[2]) > 50
+
+    ran = script("test.py", "--model_job", "student", *digits)
+    lines_are(ran.out, TEST, MEAN)
+    assert ran.out.splitlines()[0] == tested[0]
+
+    for job, tester in (("distillation", "test.py"), ("distillation_LDH6", "test_LDH.py")):
+        ran = script("train_distillation.py", "--model_job", job, "--epochs", 1, *digits)
+        lines_are(ran.out, TEACHER, EPOCH, TEST, MEAN)
+        again = script(tester, "--model_job", job, *digits)
+        assert again.out.splitlines() == ran.out.splitlines()[2:]
+    names = ["Distilled_resnet18.pth", "Distilled_resnet18_LDH6.pth", "resnet18.pth", "resnet50.pth"]
+    assert sorted(os.listdir(tmp_path / "checkpoints" / "digits")) == names
+
+    result = json.loads((tmp_path / "results" / "digits" / "student_seed0.json").read_text())
+    assert [figures["train_loss"] for figures in result["epochs"]] == pytest.approx(losses, abs=1e-8)
+    assert result["test"]["top1"] == pytest.approx(float(tested[2])) and result["test"]["images"] == 297
+    assert result["recipe"]["epochs"] == 3 and result["recipe"]["scheduler_step"] == 2
+    assert [figures["learning_rate"] for figures in result["epochs"]] == pytest.approx([1e-3, 1e-3, 1e-4])
+
+
+# figures
+
+
+def log_softmax(x):
+    return x - x.max(1, keepdims=True) - np.log(np.exp(x - x.max(1, keepdims=True)).sum(1, keepdims=True))
+
+
+def expected_losses(recipe, root, teacher_file, epochs):
+    """The losses of the reference in float64, for weights that stay as they are drawn from seed 0."""
+    loaded = data.load("folder", root, 8)
+    images = (loaded.train.images.permute(0, 3, 1, 2).double() / 255).numpy()
+    images = (images - np.reshape(loaded.mean, (3, 1, 1))) / np.reshape(loaded.std, (3, 1, 1))
+    images, labels = torch.tensor(images), loaded.train.labels.numpy()
+    torch.manual_seed(0)
+    student = models.build(recipe.network, 4).double().train()
+    teacher = models.build("teacher", 4)
+    teacher.load_state_dict(torch.load(teacher_file, weights_only=True))
+    with torch.no_grad():
+        s, t = student(images), teacher.double().eval()(images)
+        weights, bias = teacher.fc.weight.numpy(), teacher.fc.bias.numpy()
+
+    def ce(logits):
+        return -log_softmax(logits)[np.arange(len(labels)), labels].mean()
+
+    hard = ce(s.logits.numpy())
+    if recipe.soft is None:
+        return [hard] * epochs
+    soft = kd = mse = s2t = 0.0
+    if recipe.T:
+        log_s, log_t = log_softmax(s.logits.numpy() / recipe.T), log_softmax(t.logits.numpy() / recipe.T)
+        soft = kd = recipe.T**2 * (np.exp(log_t) * (log_t - log_s)).sum() / len(labels)
+    if recipe.network == "feature_student":
+        mse = ((s.projected.numpy() - t.layer4.numpy()) ** 2).mean()
+        s2t = ce(s.projected.numpy().mean((2, 3)) @ weights.T + bias)
+    soft = kd if recipe.T else mse
+    # one batch an epoch
+    ramp = [e / (epochs - 1) for e in range(epochs)]
+    alphas = {"per epoch": ramp, "per iteration": ramp, "first epoch": [1] * epochs}.get(recipe.alpha)
+    alphas = alphas or [recipe.alpha] * epochs
+    return [a * hard + (1 - a) * soft + recipe.beta * mse + recipe.gamma * s2t for a in alphas]
+
+
+@pytest.mark.parametrize("recipe", ROWS, ids=lambda row: row.job)
+def test_printed_loss_is_the_formula(script, small, small_teacher, recipe):
+    still = ["--learning_rate", 1e-12, "--batch_size", 40, "--epochs", 3]
+    source = ["--teacher", small_teacher] if recipe.distils else []
+    source += ["--weights", "none"] if recipe.job == "teacher" else []
+    ran = script(script_of(recipe.job), "--model_job", recipe.job, *small, *still, *source)
+    assert ran.code == 0, ran.err
+    assert losses_of(ran.out) == pytest.approx(expected_losses(recipe, small[3], small_teacher, 3), abs=1e-4)
+
+
+def test_flags_change_the_loss(script, small, small_teacher):
+    def loss(*flags):
+        args = ["--teacher", small_teacher, "--epochs", 1, "--learning_rate", 1e-12, "--batch_size", 40, *flags]
+        return losses_of(script("train_distillation.py", *small, *args).out)[0]
+
+    logits = {loss(*flags) for flags in ([], ["--alpha", 0.2], ["--T", 5], ["--seed", 3])}
+    maps = {loss("--model_job", "distillation_LDH", *flags) for flags in ([], ["--beta", 0.1], ["--gamma", 0.3])}
+    assert len(logits) == 4 and len(maps) == 3
+
+
+def test_runs_repeat_themselves_and_seeds_differ(script, small, tmp_path):
+    def weights(seed):
+        assert script("train.py", "--model_job", "student", "--epochs", 2, "--seed", seed, *small).code == 0
+        return (tmp_path / "checkpoints" / "folder" / "resnet18.pth").read_bytes()
+
+    assert weights(1) == weights(1) != weights(2)
+
+
+def test_augmented_distillation_uses_the_live_teacher(script, small, small_teacher):
+    common = [*small, "--teacher", small_teacher, "--epochs", 1, "--learning_rate", 1e-12, "--batch_size", 40]
+    plain = losses_of(script("train_distillation.py", *common).out)
+    augmented = script("train_distillation.py", "--augment", *common)
+    assert augmented.code == 0 and losses_of(augmented.out) != plain
+
+
+# mistakes
+
+
+@pytest.fixture
+def ready(tmp_path, small, small_teacher):
+    """Flags of a folder with a teacher in it, to see afterwards that nothing was written."""
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    shutil.copy(small_teacher, folder / "resnet50.pth")
+    return [*small, "--checkpoint_dir", folder]
+
+
+def written(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def refused(ran, *words):
+    assert ran.code == 2, (ran.code, ran.err)
+    assert ran.out == "" and len(ran.err.splitlines()) == 1, ran
+    for word in words:
+        assert word in ran.err
+    assert "Traceback" not in ran.err
+
+
+BAD_FLAGS = [
+    (["--model_job", "distillation_LDH4"], "distillation_LDH4", "distillation_LDH5"),
+    (["--dataset", "mnist"], "mnist", "digits"),
+    (["--alpha", "1.5"], "--alpha: 1.5 is not a number from 0 to 1"),
+    (["--alpha", "nan"], "--alpha"),
+    (["--alpha=-0.1"], "--alpha"),
+    (["--T", "0"], "--T: 0 is not a number above 0"),
+    (["--T=-2"], "--T"),
+    (["--T", "inf"], "--T"),
+    (["--epochs", "0"], "--epochs: 0 is not a whole number of at least 1"),
+    (["--epochs", "1.5"], "--epochs"),
+    (["--batch_size", "0"], "--batch_size"),
+    (["--scheduler_step", "0"], "--scheduler_step"),
+    (["--learning_rate", "0"], "--learning_rate: 0 is not a number above 0"),
+    (["--learning_rate=-1"], "--learning_rate"),
+    (["--seed=-1"], "--seed"),
+    (["--beta=-1", "--model_job", "distillation_LDH"], "--beta"),
+    (["--model_job", "distillation_KMJ0", "--alpha", "0.5"], "--alpha", "distillation_KMJ0", "scheduled (per epoch)"),
+    (["--model_job", "distillation_LDH9", "--alpha", "0.5"], "scheduled (per iteration)"),
+    (["--model_job", "distillation_LDH5", "--T", "2"], "--T", "no temperature"),
+    (["--beta", "0.5"], "--beta", "no projector"),
+    (["--teacher", "nowhere.pth"], "nowhere.pth does not exist", "python train.py --model_job teacher"),
+    (["--data_dir", "nowhere"], "nowhere"),
+    (["--image_size", "4"], "--image_size 4 is too small"),
+    (["--no_such_flag"], "--no_such_flag"),
+]
+
+
+@pytest.mark.parametrize("case", BAD_FLAGS, ids=lambda case: " ".join(case[0]))
+def test_bad_flags(script, ready, tmp_path, case):
+    flags, *words = case
+    before = written(tmp_path)
+    refused(script("train_distillation.py", *ready, *flags), *words)
+    assert written(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["train.py", "test.py", "test_LDH.py"])
+def test_unknown_jobs_are_answered_with_the_list(script, name):
+    jobs = {"train.py": ["teacher", "student"], "test.py": list(RECIPES), "test_LDH.py": ["distillation_LDH10"]}[name]
+    refused(script(name, "--model_job", "nonsense"), *jobs)
+
+
+def test_test_ldh_keeps_to_its_rows(script):
+    refused(script("test_LDH.py", "--model_job", "distillation"), "distillation_LDH2")
+
+
+def test_the_missing_checkpoint_is_told_how_to_make(script, small):
+    ran = script("test.py", "--model_job", "distillation_LDH3", *small)
+    refused(ran, "Distilled_resnet18_LDH3.pth does not exist", "train_distillation.py --model_job distillation_LDH3")
+
+
+def test_a_teacher_of_other_classes(script, ready, tmp_path):
+    torch.save(models.build("teacher", 7).state_dict(), tmp_path / "other.pth")
+    refused(script("train_distillation.py", *ready, "--teacher", tmp_path / "other.pth"), "7 classes", "4")
+
+
+def test_weights_are_for_the_teacher(script, small):
+    refused(script("train.py", "--model_job", "student", "--weights", "none", *small), "--weights")
+
+
+def test_imagenet_weights_without_a_network(script, small):
+    ran = script("train.py", "--model_job", "teacher", *small)
+    refused(ran, "resnet50-11ad3fa6.pth", "--weights FILE", "--weights none")
+
+
+def test_cifar100_without_a_network(script):
+    ran = script("train.py", "--model_job", "student")
+    assert ran.code == 2 and "cifar-100-python.tar.gz" in ran.err.splitlines()[-1] and "Traceback" not in ran.err
+
+
+@pytest.mark.parametrize("flag", ["--checkpoint_dir", "--results_dir"])
+def test_a_folder_that_cannot_be_written_is_found_before_training(script, ready, tmp_path, flag):
+    (tmp_path / "file").write_text("")
+    refused(script("train.py", "--model_job", "student", *ready, flag, tmp_path / "file" / "x"), "file/x", flag)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
+def test_no_cuda(script, ready):
+    refused(script("train.py", "--model_job", "student", *ready, "--device", "cuda"), "--device cuda", "--device cpu")
+
+
+def test_a_batch_of_one_image(script, ready):
+    ran = script("train.py", "--model_job", "student", *ready, "--batch_size", 39)
+    refused(ran, "--batch_size 39 leaves one image of 40")
+
+
+def test_divergence_leaves_the_checkpoint_as_it_was(script, ready, tmp_path):
+    student = tmp_path / "checkpoints" / "resnet18.pth"
+    student.write_bytes(b"the last good one")
+    ran = script("train.py", "--model_job", "student", *ready, "--learning_rate", 1e30, "--epochs", 3)
+    assert ran.code == 1 and "diverged" in ran.err and "--learning_rate" in ran.err and len(ran.err.splitlines()) == 1
+    assert student.read_bytes() == b"the last good one"
+
+
+# as processes
+
+
+def test_interrupt(process, ready, tmp_path):
+    student = tmp_path / "checkpoints" / "resnet18.pth"
+    student.write_bytes(b"the last good one")
+    running = process("train.py", "--model_job", "student", *ready, "--epochs", 100000)
+    assert re.match(EPOCH, running.stdout.readline())
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 130 and "interrupted" in err and "Traceback" not in err
+    assert student.read_bytes() == b"the last good one" and not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_bar_on_a_terminal(process, ready):
+    master, slave = pty.openpty()
+    fcntl.ioctl(
+        slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0)
+    )  # tqdm shows nothing on a terminal of no width
+    running = process("train.py", "--model_job", "student", *ready, "--epochs", 2, stderr=slave)
+    os.close(slave)
+    shown = b""
+    try:
+        while chunk := os.read(master, 4096):
+            shown += chunk
+    except OSError:  # the other end was closed
+        pass
+    out = running.communicate(timeout=60)[0]
+    assert b"student 1/2" in shown and b"img/s" in shown
+    lines_are(out, EPOCH, EPOCH, TEST, MEAN)
