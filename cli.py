@@ -82,6 +82,14 @@ def add_training_flags(parser: Parser) -> None:
     group.add_argument("--augment", action="store_true", help="random crop with padding 4, and horizontal flip")
 
 
+def add_teacher_cache_flag(parser: Parser) -> None:
+    """The flag of the scripts that distil."""
+    parser.add_argument(
+        "--teacher_cache", choices=["auto", "off"], default="auto",
+        help="auto (default): compute the teacher's outputs once and keep them; off: run it at every step",
+    )  # fmt: skip
+
+
 def override(recipe: Recipe, args: argparse.Namespace) -> Recipe:
     """The recipe with the flags that were given in place of its own values.
 

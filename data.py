@@ -30,6 +30,8 @@ CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".tiff"}
 DIGITS = Path(__file__).with_name("digits.npz")
 PADDING = 4  # of the random crop, in pixels
+OFFSETS = 2 * PADDING + 1  # of the crop's window, down and across
+VIEWS = OFFSETS * OFFSETS * 2  # and flipped or not
 CACHE_FORMAT = 1
 
 Statistics = tuple[float, float, float]  # one value for each of red, green and blue
@@ -64,11 +66,16 @@ class Dataset:
 
 
 class Batch(NamedTuple):
-    """index: int64 (B,), which images of the split; images: float32 (B, 3, H, W), channels last; labels: int64 (B,)."""
+    """index: int64 (B,), which images of the split; images: float32 (B, 3, H, W), channels last; labels: int64 (B,).
+
+    host_index: the index once more, on the CPU. epoch: which one the batch is of, from 0.
+    """
 
     index: torch.Tensor
     images: torch.Tensor
     labels: torch.Tensor
+    host_index: torch.Tensor
+    epoch: int
 
 
 def normalise(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
@@ -114,16 +121,24 @@ class Batches:
     def views(self, epoch: int) -> torch.Tensor:
         """How each image is seen in that epoch: int64 (N, 3) of crop offsets dy, dx in 0..8, and flip, on the CPU."""
         generator = _generator(self.seed, epoch, 1)
-        offsets = torch.randint(2 * PADDING + 1, (self.n_images, 2), generator=generator)
+        offsets = torch.randint(OFFSETS, (self.n_images, 2), generator=generator)
         return torch.cat([offsets, torch.randint(2, (self.n_images, 1), generator=generator)], dim=1)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch (from 0), from number `start` on, just as if those before had been given too."""
-        order = self._move(self.order(epoch))
+        return self.of(self.order(epoch)[start * self.batch_size :], epoch, self.batch_size)
+
+    def of(self, order: torch.Tensor, epoch: int, batch_size: int) -> Iterator[Batch]:
+        """Batches of the images with these indices (int64, on the CPU), as they are seen in that epoch."""
         views = self._move(self.views(epoch)) if self.augment else None
-        for index in order.split(self.batch_size)[start:]:
+        for host_index, index in zip(order.split(batch_size), self._move(order).split(batch_size), strict=True):
             images = self.images[index] if views is None else self._crop(index, views[index])
-            yield Batch(index, normalise(images, self.mean, self.std), self.labels[index])
+            yield Batch(index, normalise(images, self.mean, self.std), self.labels[index], host_index, epoch)
+
+    def view_codes(self, epoch: int) -> torch.Tensor:
+        """`views` as one number an image, int64 (N,) of 0..VIEWS - 1, on the CPU."""
+        dy, dx, flip = self.views(epoch).unbind(1)
+        return (dy * OFFSETS + dx) * 2 + flip
 
     def _move(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.device.type == "cuda":

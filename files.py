@@ -5,7 +5,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -33,6 +33,13 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     finally:
         if temporary and os.path.exists(temporary):
             os.unlink(temporary)
+
+
+@contextmanager
+def replacing_all(paths: list[Path]) -> Iterator[list[BinaryIO]]:
+    """`replacing` for several files at once: each takes its place only when all are written."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(replacing(path)) for path in paths]
 
 
 def _umask() -> int:

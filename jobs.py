@@ -61,13 +61,11 @@ def train(recipe: Recipe, setup: Setup, teacher: Teacher | None = None) -> dict:
         dataset.train, dataset.mean, dataset.std, recipe.batch_size, device,
         shuffle=True, seed=setup.seed, augment=setup.augment,
     )  # fmt: skip
-    if teacher and not setup.augment:
-        teacher.remember(in_order(dataset.train, dataset, device), recipe.compares_maps)
     epochs = []
     for figures in engine.fit(
         network,
         batches,
-        batch_loss(recipe, network, teacher, len(batches), device),
+        batch_loss(recipe, network, teacher, batches),
         lambda epoch: engine.step_lr(recipe.learning_rate, epoch, recipe.scheduler_step),
         recipe.epochs,
         setup.runtime,
@@ -98,15 +96,16 @@ def train(recipe: Recipe, setup: Setup, teacher: Teacher | None = None) -> dict:
 
 
 def batch_loss(
-    recipe: Recipe, network: models.CifarResNet, teacher: Teacher | None, iterations: int, device: torch.device
+    recipe: Recipe, network: models.CifarResNet, teacher: Teacher | None, batches: Batches
 ) -> Callable[[Batch, int, int], engine.Terms]:
     """The function that engine.fit minimises: from a batch, its epoch and its iteration to the loss and its terms."""
     objective = losses.objective(recipe)
-    alpha = losses.alpha_schedule(recipe.alpha, recipe.epochs, iterations).to(device)
+    alpha = losses.alpha_schedule(recipe.alpha, recipe.epochs, len(batches)).to(batches.device)
+    targets = teacher and teacher.source(batches, recipe.compares_maps)
 
     def loss(batch: Batch, epoch: int, iteration: int) -> engine.Terms:
         student = network(batch.images)
-        terms = objective(student, teacher and teacher(batch), batch.labels, alpha[epoch, iteration])
+        terms = objective(student, targets and targets(batch), batch.labels, alpha[epoch, iteration])
         terms["train_top1"] = 100 * (student.logits.argmax(1) == batch.labels).double().mean()
         return terms
 
@@ -150,11 +149,16 @@ def load_network(job: str, folder: Path, dataset: Dataset, file: Path | None = N
     return checkpoint.load(network, recipe.network, path, hint)
 
 
-def make_teacher(network: models.CifarResNet, path: Path, setup: Setup) -> Teacher:
-    """The frozen teacher, tested once, so that nobody distils from a dead one unknowingly; prints its top-1."""
+def make_teacher(network: models.CifarResNet, path: Path, setup: Setup, cache: str, rows: list[Recipe]) -> Teacher:
+    """The frozen teacher, tested once, so that nobody distils from a dead one unknowingly; prints its top-1.
+
+    cache: "auto" remembers the teacher's outputs where that saves time, "off" runs it at every step. rows: those that
+    will be distilled.
+    """
     top1 = evaluate(network, setup.dataset, plain(setup.runtime))["top1"]
     print(f"Teacher Top-1: {top1:.8f}%", flush=True)
-    return Teacher(network, setup.runtime, sha256(path), top1)
+    cache_dir = setup.checkpoint_dir / "teacher_cache" if cache == "auto" else None
+    return Teacher(network, setup.runtime, sha256(path), top1, cache_dir, any(row.compares_maps for row in rows))
 
 
 def identity(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> dict:

@@ -61,6 +61,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--teacher_augment", action="store_true", help="train the teacher with random crop (padding 4) and flip"
     )
+    cli.add_teacher_cache_flag(parser)
     cli.add_data_flags(parser)
     cli.add_results_flag(parser)
     return parser.parse_args()
@@ -88,17 +89,19 @@ def run_rows(rows: list[Recipe], setup: Setup, args: argparse.Namespace) -> None
             run_once(recipe, replace(setup, augment=args.teacher_augment), None)
             continue
         if recipe.distils and teacher is None:
-            teacher = load_teacher(setup)
+            teacher = load_teacher(setup, args.teacher_cache, rows)
         for seed in args.seeds:
             folder = setup.checkpoint_dir / f"seed{seed}" if seed else setup.checkpoint_dir
             files.ensure_writable(folder, "--checkpoint_dir")
             run_once(recipe, replace(setup, seed=seed, checkpoint_dir=folder), teacher if recipe.distils else None)
 
 
-def load_teacher(setup: Setup) -> Teacher:
+def load_teacher(setup: Setup, cache: str, rows: list[Recipe]) -> Teacher:
     """The teacher in the checkpoint folder, trained here or put there."""
     path = setup.checkpoint_dir / f"{RECIPES['teacher'].checkpoint}.pth"
-    return jobs.make_teacher(jobs.load_network("teacher", setup.checkpoint_dir, setup.dataset), path, setup)
+    return jobs.make_teacher(
+        jobs.load_network("teacher", setup.checkpoint_dir, setup.dataset), path, setup, cache, rows
+    )
 
 
 def run_once(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> None:

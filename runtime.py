@@ -49,6 +49,17 @@ def choose(device: str = "auto", precision: str = "auto") -> Runtime:
     return Runtime(chosen, precision)
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that could be allocated on the device now; 0 where that can't be known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 0
+
+
 def _computes_in_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)

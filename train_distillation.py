@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument(
         "--teacher", type=Path, help="checkpoint to distil from; default: <checkpoint_dir>/resnet50.pth"
     )
+    cli.add_teacher_cache_flag(parser)
     group = parser.add_argument_group("the loss: alpha CE + (1 - alpha) soft + beta MSE + gamma S2T")
     group.add_argument("--alpha", type=cli.fraction, help="weight of the hard labels, where it is not scheduled")
     group.add_argument("--T", type=cli.positive, help="temperature of KD")
@@ -40,7 +41,7 @@ def main() -> None:
     path = args.teacher or cli.checkpoint_dir(args) / f"{RECIPES['teacher'].checkpoint}.pth"
     network = jobs.load_network("teacher", path.parent, images, path)
     setup = cli.setup(args, images, hardware, seed=args.seed, augment=args.augment)
-    jobs.train(recipe, setup, jobs.make_teacher(network, path, setup))
+    jobs.train(recipe, setup, jobs.make_teacher(network, path, setup, args.teacher_cache, [recipe]))
 
 
 if __name__ == "__main__":

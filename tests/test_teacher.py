@@ -1,0 +1,224 @@
+"""What the teacher remembers is what it would say, and never what another teacher said."""
+
+import os
+
+import pytest
+import torch
+
+import data
+import models
+import runtime
+import teacher as teachers
+from data import Batches, Split
+from runtime import Runtime
+from teacher import Teacher
+
+CPU = torch.device("cpu")
+TOLERANCES = {"fp32": 1e-5, "bf16": 2e-2}
+
+
+@pytest.fixture(scope="module")
+def network(scaled_like_trained):
+    torch.manual_seed(1)
+    return scaled_like_trained(models.build("teacher", 10))
+
+
+@pytest.fixture
+def make(network, tmp_path):
+    """A teacher with a cache in a folder of its own; "sha" stands for its weights."""
+
+    def teacher(sha="sha", precision="fp32", **options):
+        return Teacher(network, Runtime(CPU, precision), sha, 50.0, tmp_path / "cache", **options)
+
+    return teacher
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """How many batches the teacher was run on."""
+    ran, call = [], Teacher.__call__
+
+    def count(self, batch):
+        ran.append(batch)
+        return call(self, batch)
+
+    monkeypatch.setattr(Teacher, "__call__", count)
+    return ran
+
+
+def batches_of(digits, n=40, batch_size=16, **options):
+    split = Split(digits.train.images[:n], digits.train.labels[:n])
+    return Batches(split, digits.mean, digits.std, batch_size, CPU, **{"shuffle": True, **options})
+
+
+def same(given, expected, tolerance=1e-5):
+    torch.testing.assert_close(given.logits, expected.logits, rtol=tolerance, atol=tolerance)
+    if given.layer4 is not None:
+        difference = (given.layer4.float() - expected.layer4.float()).norm() / expected.layer4.float().norm()
+        assert given.layer4.shape == expected.layer4.shape and difference < tolerance
+
+
+@pytest.mark.parametrize("precision", TOLERANCES)
+@pytest.mark.parametrize("with_maps", [False, True])
+def test_remembered_outputs_are_the_live_ones(digits, make, precision, with_maps):
+    teacher, batches = make(precision=precision), batches_of(digits)
+    source = teacher.source(batches, with_maps)
+    assert source is not teacher
+    for epoch in (0, 1):
+        for batch in batches.epoch(epoch):
+            given = source(batch)
+            assert (given.layer4 is not None) == with_maps
+            same(given, teacher(batch), TOLERANCES[precision])
+
+
+def test_the_head_is_the_teachers(digits, make, network):
+    batches = batches_of(digits)
+    source = make().source(batches, True)
+    outputs = source(next(batches.epoch(0)))
+    torch.testing.assert_close(outputs.head(outputs.layer4), outputs.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_one_pass_serves_all_rows_and_seeds(digits, make, passes):
+    teacher = make(keep_maps=True)
+    for seed in (0, 1):
+        for with_maps in (False, True):
+            batches = batches_of(digits, seed=seed)
+            for batch in batches.epoch(0):
+                teacher.source(batches, with_maps)(batch)
+    assert len(passes) == 1  # 40 images are one batch of the pass
+
+
+def test_maps_can_be_asked_for_later(digits, make, passes):
+    teacher, batches = make(), batches_of(digits)
+    teacher.source(batches, False)
+    teacher.source(batches, True)
+    assert len(passes) == 2
+
+
+def test_outputs_outlive_the_process(digits, make, passes):
+    batches = batches_of(digits)
+    make().source(batches, True)
+    source = make().source(batches, True)
+    assert len(passes) == 1
+    batch = next(batches.epoch(0))
+    same(source(batch), make()(batch))
+
+
+@pytest.mark.parametrize("change", ["weights", "precision", "images", "mean", "fewer"])
+def test_a_change_is_noticed(digits, make, passes, tmp_path, change):
+    make().source(batches_of(digits), True)
+    n = len(passes)
+    teacher, batches = make(), batches_of(digits)
+    if change == "weights":
+        teacher = make(sha="another")
+    elif change == "precision":
+        teacher = make(precision="bf16")
+    elif change == "images":
+        batches.images = batches.images.clone()
+        batches.images[3, 2, 2, 0] ^= 1
+    elif change == "mean":
+        batches.mean = batches.mean + 0.01
+    else:
+        batches = batches_of(digits, n=39)
+    source = teacher.source(batches, True)
+    assert len(passes) == n + 1
+    batch = next(batches.epoch(0))
+    same(source(batch), teacher(batch), TOLERANCES[teacher.runtime.precision])
+    assert len(os.listdir(tmp_path / "cache")) == 2  # the files of before made room
+
+
+@pytest.mark.parametrize("damage", ["cut short", "empty", "garbage", "pickle"])
+def test_a_damaged_file_is_made_anew(digits, make, passes, tmp_path, damage):
+    batches = batches_of(digits)
+    make().source(batches, True)
+    for path in (tmp_path / "cache").iterdir():
+        content = path.read_bytes()
+        new = {"cut short": content[:-1], "empty": b"", "garbage": b"garbage" * 100, "pickle": b"\x80\x02N."}[damage]
+        path.write_bytes(new)
+    source = make().source(batches, True)
+    assert len(passes) == 2
+    batch = next(batches.epoch(0))
+    same(source(batch), make()(batch))
+
+
+def test_an_interrupted_pass_leaves_nothing(digits, make, monkeypatch, tmp_path):
+    def interrupt(self, batch):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Teacher, "__call__", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        make().source(batches_of(digits), True)
+    assert os.listdir(tmp_path / "cache") == []
+
+
+def test_without_room_the_teacher_is_run_live(digits, make, monkeypatch, capfd):
+    full = type("Usage", (), {"free": 1000})()
+    monkeypatch.setattr(teachers.shutil, "disk_usage", lambda folder: full)
+    teacher = make()
+    assert teacher.source(batches_of(digits), True) is teacher
+    err = capfd.readouterr().err
+    assert "has no room" in err and len(err.splitlines()) == 1
+
+
+def test_a_cache_turned_off_is_off(digits, network):
+    teacher = Teacher(network, Runtime(CPU, "fp32"), "sha", 50.0)
+    assert teacher.source(batches_of(digits), True) is teacher
+    assert teacher.source(batches_of(digits, augment=True), False) is teacher
+
+
+# views
+
+
+@pytest.mark.parametrize("precision", TOLERANCES)
+def test_views_are_the_live_outputs(digits, make, precision):
+    teacher, batches = make(precision=precision), batches_of(digits, augment=True)
+    source = teacher.source(batches, False)
+    assert source is not teacher
+    for epoch in (0, 3):
+        for batch in batches.epoch(epoch):
+            same(source(batch), teacher(batch), TOLERANCES[precision])
+
+
+def test_a_view_is_computed_once(digits, make, passes):
+    teacher = make()
+    for _ in range(3):  # three rows of the same seed see the same views
+        batches = batches_of(digits, augment=True)
+        source = teacher.source(batches, False)
+        for epoch in range(2):
+            for batch in batches.epoch(epoch):
+                source(batch)
+    seen = sum(len(batch.labels) for batch in passes)
+    assert 70 < seen <= 80  # two epochs of 40 images, but for views that came up twice
+
+
+def test_maps_of_views_are_live(digits, make):
+    teacher = make()
+    assert teacher.source(batches_of(digits, augment=True), True) is teacher
+
+
+def test_views_that_do_not_fit_are_live(digits, make, monkeypatch):
+    monkeypatch.setattr(teachers, "free_memory", lambda device: 1000)
+    teacher = make()
+    assert teacher.source(batches_of(digits, augment=True), False) is teacher
+
+
+def test_view_codes_tell_views_apart(digits):
+    batches = batches_of(digits, n=1500, augment=True)
+    views, codes = batches.views(0), batches.view_codes(0)
+    assert codes.min() >= 0 and codes.max() < data.VIEWS
+    assert len({tuple(view) for view in views.tolist()}) == len(codes.unique())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("free", [0, 1 << 40])
+def test_remembered_on_the_host_and_on_cuda(digits, network, tmp_path, monkeypatch, free):
+    monkeypatch.setattr(teachers, "free_memory", lambda device: free)
+    hardware = runtime.choose("cuda", "fp32")
+    split = Split(digits.train.images[:40], digits.train.labels[:40])
+    batches = Batches(split, digits.mean, digits.std, 16, hardware.device, shuffle=True)
+    teacher = Teacher(network, hardware, "sha", 50.0, tmp_path)
+    source = teacher.source(batches, True)
+    for batch in batches.epoch(0):
+        given = source(batch)
+        assert given.logits.is_cuda and given.layer4.is_cuda
+        same(given, teacher(batch), 1e-3)
