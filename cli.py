@@ -80,6 +80,15 @@ def add_training_flags(parser: Parser) -> None:
     group.add_argument("--scheduler_step", type=count, help="learning rate x0.1 every so many epochs")
     group.add_argument("--seed", type=seed_number, default=0, help="of the weights and the data's order; default: 0")
     group.add_argument("--augment", action="store_true", help="random crop with padding 4, and horizontal flip")
+    add_compile_flag(group)
+
+
+def add_compile_flag(parser: argparse._ActionsContainer) -> None:
+    """The flag of the scripts that train."""
+    parser.add_argument(
+        "--compile", choices=["auto", "on", "off"], default="auto",
+        help="torch.compile the network that is trained; auto (default): where it was measured to pay for itself",
+    )  # fmt: skip
 
 
 def add_teacher_cache_flag(parser: Parser) -> None:

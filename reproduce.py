@@ -32,7 +32,7 @@ def main() -> None:
     args = parse()
     hardware = runtime.choose(args.device, args.precision)
     images = data.load(args.dataset, args.data_dir, args.image_size)
-    setup = cli.setup(args, images, hardware, seed=args.seeds[0], weights=args.weights)
+    setup = cli.setup(args, images, hardware, seed=args.seeds[0], weights=args.weights, compile_mode=args.compile)
     try:
         run_rows([scaled(RECIPES[job], args) for job in RECIPES if job in args.jobs], setup, args)
     finally:
@@ -58,10 +58,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--weights", default="imagenet", help="the teacher's start: imagenet (default), none, or a FILE"
     )
+    parser.add_argument("--augment", action="store_true", help="train the students with random crop and flip")
     parser.add_argument(
         "--teacher_augment", action="store_true", help="train the teacher with random crop (padding 4) and flip"
     )
     cli.add_teacher_cache_flag(parser)
+    cli.add_compile_flag(parser)
     cli.add_data_flags(parser)
     cli.add_results_flag(parser)
     return parser.parse_args()
@@ -93,7 +95,8 @@ def run_rows(rows: list[Recipe], setup: Setup, args: argparse.Namespace) -> None
         for seed in args.seeds:
             folder = setup.checkpoint_dir / f"seed{seed}" if seed else setup.checkpoint_dir
             files.ensure_writable(folder, "--checkpoint_dir")
-            run_once(recipe, replace(setup, seed=seed, checkpoint_dir=folder), teacher if recipe.distils else None)
+            here = replace(setup, seed=seed, checkpoint_dir=folder, augment=args.augment)
+            run_once(recipe, here, teacher if recipe.distils else None)
 
 
 def load_teacher(setup: Setup, cache: str, rows: list[Recipe]) -> Teacher:

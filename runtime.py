@@ -1,6 +1,8 @@
 """What a run runs on: device, precision, seed; and the exceptions that end a script with one line."""
 
 import platform
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +51,29 @@ def choose(device: str = "auto", precision: str = "auto") -> Runtime:
     return Runtime(chosen, precision)
 
 
+def compiled(network: torch.nn.Module, shape: tuple[int, ...], runtime: Runtime) -> Callable[[torch.Tensor], object]:
+    """The network compiled for images of that shape, channels last; images of another shape go to the network itself.
+
+    Tried out here, on images of zeros, that nothing may fail later; where it fails, a line on stderr and the network.
+    """
+    buffers = {name: value.clone() for name, value in network.named_buffers()}
+    fast = torch.compile(network, dynamic=False)
+    try:
+        with runtime.autocast():
+            images = torch.zeros(shape, device=runtime.device).to(memory_format=torch.channels_last)
+            fast(images).logits.sum().backward()
+    except Exception as error:  # a compiler can fail in any way
+        reason = str(error).strip().partition("\n")[0]
+        print(f"torch.compile failed ({type(error).__name__}: {reason}); going on without it", file=sys.stderr)
+        fast = network
+    finally:
+        # The trial was none of the training's: its gradients and its batch norm statistics go.
+        network.zero_grad()
+        for name, value in network.named_buffers():
+            value.copy_(buffers[name])
+    return lambda images: fast(images) if images.shape == shape else network(images)
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that could be allocated on the device now; 0 where that can't be known."""
     if device.type == "cuda":
@@ -58,6 +83,11 @@ def free_memory(device: torch.device) -> int:
             return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return 0
+
+
+def inference_batch(device: torch.device) -> int:
+    """How many images to a batch where nothing is learnt: enough to fill the device, few enough to fit it."""
+    return 1000 if device.type == "cuda" else 250
 
 
 def _computes_in_bf16(device: torch.device) -> bool:

@@ -18,10 +18,9 @@ import torch
 import files
 from data import VIEWS, Batch, Batches
 from models import CifarResNet, Outputs, folded
-from runtime import Runtime, UserError, free_memory
+from runtime import Runtime, UserError, free_memory, inference_batch
 
 CACHE_FORMAT = 1
-CHUNK = 500  # images in a batch of a pass
 
 
 class Teacher:
@@ -153,7 +152,7 @@ class Remembered:
             for name, (_, shape, kind) in wanted.items():
                 header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(sinks[name], header)
-            for batch in batches.of(torch.arange(batches.n_images), 0, CHUNK):
+            for batch in batches.of(torch.arange(batches.n_images), 0, inference_batch(batches.device)):
                 outputs = teacher(batch)
                 values = {"logits": outputs.logits, "maps": outputs.layer4.permute(0, 2, 3, 1)}
                 for name, (_, _, kind) in wanted.items():
@@ -205,7 +204,7 @@ class Views:
         everything = torch.arange(batches.n_images)
         missing = everything[~self.filled[everything, codes]]
         device_codes = codes.to(self.teacher.runtime.device)
-        for batch in batches.of(missing, epoch, CHUNK):
+        for batch in batches.of(missing, epoch, inference_batch(batches.device)):
             self.table[batch.index, device_codes[batch.index]] = self.teacher(batch).logits.to(self.table.dtype)
         self.filled[everything, codes] = True
         return device_codes

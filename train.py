@@ -28,7 +28,9 @@ def main() -> None:
     hardware = runtime.choose(args.device, args.precision)
     images = data.load(args.dataset, args.data_dir, args.image_size)
     weights = args.weights or "imagenet"
-    setup = cli.setup(args, images, hardware, seed=args.seed, augment=args.augment, weights=weights)
+    setup = cli.setup(
+        args, images, hardware, seed=args.seed, augment=args.augment, compile_mode=args.compile, weights=weights
+    )
     jobs.train(recipe, setup)
 
 

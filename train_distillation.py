@@ -40,7 +40,7 @@ def main() -> None:
     images = data.load(args.dataset, args.data_dir, args.image_size)
     path = args.teacher or cli.checkpoint_dir(args) / f"{RECIPES['teacher'].checkpoint}.pth"
     network = jobs.load_network("teacher", path.parent, images, path)
-    setup = cli.setup(args, images, hardware, seed=args.seed, augment=args.augment)
+    setup = cli.setup(args, images, hardware, seed=args.seed, augment=args.augment, compile_mode=args.compile)
     jobs.train(recipe, setup, jobs.make_teacher(network, path, setup, args.teacher_cache, [recipe]))
 
 

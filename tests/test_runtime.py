@@ -1,0 +1,147 @@
+"""Device, precision, compilation."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import engine
+import jobs
+import models
+import runtime
+from data import Batches
+from models import Outputs
+from recipes import RECIPES
+from runtime import Runtime, UserError
+
+CPU = torch.device("cpu")
+
+
+class Small(nn.Module):
+    """A network quick to compile."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.bn, self.fc = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 10)
+
+    def forward(self, images):
+        return Outputs(logits=self.fc(self.bn(self.conv(images)).relu().mean((2, 3))))
+
+
+def test_fp32_on_the_cpu():
+    assert runtime.choose("cpu", "fp32") == Runtime(CPU, "fp32")
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_auto_takes_bf16_where_the_hardware_has_it(monkeypatch):
+    for has, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(runtime, "_computes_in_bf16", lambda device, has=has: has)
+        assert runtime.choose("cpu", "auto").precision == expected
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
+def test_cuda_that_is_not_there():
+    with pytest.raises(UserError, match="--device cuda: no CUDA device"):
+        runtime.choose("cuda")
+
+
+def test_autocast_is_that_of_the_precision():
+    a = torch.ones(2, 2)
+    for precision, kind in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        with Runtime(CPU, precision).autocast():
+            assert (a @ a).dtype == kind
+
+
+def test_free_memory():
+    assert runtime.free_memory(CPU) > 1 << 20
+
+
+def step(network, forward, images):
+    network.zero_grad()
+    logits = forward(images).logits
+    logits.square().sum().backward()
+    return [logits, *(p.grad for p in network.parameters()), *(b.float() for b in network.buffers())]
+
+
+def test_compiled_computes_the_same_and_leaves_no_trace():
+    network, images = Small(), torch.randn(4, 3, 8, 8).to(memory_format=torch.channels_last)
+    plain = copy.deepcopy(network)
+    forward = runtime.compiled(network, (4, 3, 8, 8), Runtime(CPU, "fp32"))
+    assert all(value.equal(plain.state_dict()[name]) for name, value in network.state_dict().items())
+    assert list(network.state_dict()) == list(plain.state_dict())  # no prefix of the compiler's
+    for _ in range(2):
+        for given, expected in zip(step(network, forward, images), step(plain, plain, images), strict=True):
+            torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(forward(images[:3]).logits, plain(images[:3]).logits)  # the last short batch
+
+
+def test_a_compiler_that_fails_is_no_failure(monkeypatch, capfd):
+    def broken(network, **options):
+        def call(images):
+            raise RuntimeError("no compiler here\nand much more")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    network, images = Small(), torch.randn(4, 3, 8, 8)
+    forward = runtime.compiled(network, (4, 3, 8, 8), Runtime(CPU, "fp32"))
+    assert forward(images).logits.equal(network(images).logits)
+    err = capfd.readouterr().err
+    assert err == "torch.compile failed (RuntimeError: no compiler here); going on without it\n"
+
+
+@pytest.mark.parametrize(
+    "job, mode, precision, epochs, expected",
+    [
+        ("teacher", "auto", "bf16", 300, True),
+        ("teacher", "auto", "bf16", 2, False),
+        ("teacher", "auto", "fp32", 300, False),
+        ("teacher", "off", "bf16", 300, False),
+        ("student", "auto", "bf16", 300, False),
+        ("student", "on", "fp32", 1, True),
+    ],
+)
+def test_when_to_compile(digits, monkeypatch, job, mode, precision, epochs, expected):
+    monkeypatch.setattr(jobs, "compiled", lambda *args: "compiled")
+    batches = Batches(digits.train, digits.mean, digits.std, 256, CPU)
+    network = Small()
+    recipe = replace(RECIPES[job], epochs=epochs)
+    forward = jobs.forward_of(network, batches, Runtime(CPU, precision), mode, recipe)
+    assert forward == ("compiled" if expected else network)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_step_on_cuda_never_waits_for_the_device(digits):
+    hardware = runtime.choose("cuda", "auto")
+    network = models.build("student", 10).to(hardware.device, memory_format=torch.channels_last)
+    batches = Batches(digits.train, digits.mean, digits.std, 256, hardware.device, shuffle=True, augment=True)
+    loss = jobs.batch_loss(RECIPES["student"], network, None, batches)
+    waited = []
+
+    def watched(batch, epoch, iteration):
+        torch.cuda.set_sync_debug_mode("error" if iteration else "default")
+        waited.append(iteration)
+        return loss(batch, epoch, iteration)
+
+    epochs = engine.fit(network, batches, watched, lambda epoch: 1e-3, 1, hardware, "test")
+    try:
+        next(epochs)
+    except RuntimeError as error:
+        # The epoch's end reads the figures; by then every step has run.
+        assert waited[-1] == len(batches) - 1, error
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_order_on_cuda_is_that_on_the_cpu(digits):
+    def order(device):
+        batches = Batches(digits.train, digits.mean, digits.std, 256, device, shuffle=True, augment=True)
+        return [(batch.index.cpu(), batch.images.cpu()) for batch in batches.epoch(2)]
+
+    for (i, a), (j, b) in zip(order(CPU), order(torch.device("cuda")), strict=True):
+        assert i.equal(j)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
