@@ -20,6 +20,7 @@ class Recipe:
     soft: name of the distillation loss in losses.SOFT that (1 - alpha) weighs; None for hard labels only.
     alpha: the weight of the hard labels, a number or the name of a schedule in losses.ALPHA_SCHEDULES.
     T: the temperature; None where the loss has none.
+    reference: figures to compare with, where there are any.
     """
 
     job: str
@@ -27,7 +28,7 @@ class Recipe:
     network: str
     epochs: int
     scheduler_step: int
-    reference: Reference
+    reference: Reference | None = None
     soft: str | None = None
     alpha: float | str = 1.0
     T: float | None = None

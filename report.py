@@ -235,7 +235,11 @@ def _table(rows: Rows) -> str:
         cells += [str(len(seeds))] * with_seeds
         if with_reference:
             reference = RECIPES[job].reference
-            cells += [f"{reference.top1:.2f}", f"{reference.top5:.2f}", f"{reference.test_loss:.8f}"]
+            cells += (
+                [f"{reference.top1:.2f}", f"{reference.top5:.2f}", f"{reference.test_loss:.8f}"]
+                if reference
+                else [""] * 3
+            )
         lines.append(cells)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
@@ -365,7 +369,7 @@ def top1_plot(rows: Rows) -> bytes:
         mean, error = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0
         axes.barh(y, mean, height=0.66, color=_colour(job), xerr=error or None, error_kw={"capsize": 3})
         end = mean + error
-        if _has_reference(rows):
+        if _has_reference(rows) and RECIPES[job].reference:
             reference = RECIPES[job].reference.top1
             axes.plot(reference, y, "D", color="white", markeredgecolor="black", markersize=6, zorder=4)
             end = max(end, reference + 0.4)
