@@ -5,9 +5,11 @@ import json
 import shutil
 
 import pytest
+import torch.nn.functional as F
 from test_scripts import refused
 
-from recipes import RECIPES
+import losses
+from recipes import RECIPES, Recipe
 
 SHORT = ["--weights", "none", "--epochs", 1, "--batch_size", 20]
 
@@ -120,6 +122,25 @@ def test_distilling_needs_a_teacher(script, small):
 )
 def test_bad_flags(script, flags, words):
     refused(script("reproduce.py", *flags), *words)
+
+
+def test_one_more_row_with_one_more_loss(script, small, folders, small_teacher, monkeypatch):
+    """As the README says: a row and a function, and nothing else."""
+
+    def logit_mse(student, teacher, labels):
+        return F.mse_loss(student.logits, teacher.logits)
+
+    row = Recipe("distillation_more", "Distilled_resnet18_more", "student", 50, 20, soft="logit_mse", alpha=0.5)
+    monkeypatch.setitem(losses.SOFT, "logit_mse", logit_mse)
+    monkeypatch.setitem(RECIPES, row.job, row)
+    weights, results = folders
+    weights.mkdir(parents=True)
+    shutil.copy(small_teacher, weights / "resnet50.pth")
+    assert script("reproduce.py", *small, "--epochs", 1, "--jobs", "student", row.job).code == 0
+    assert f"| {row.job} |" in (results / "RESULTS.md").read_text()
+    figures = json.loads((results / f"{row.job}_seed0.json").read_text())["epochs"][0]
+    expected = 0.5 * figures["ce"] + 0.5 * figures["logit_mse"]
+    assert figures["train_loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_rows_shrink_in_proportion(script):
