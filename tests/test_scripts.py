@@ -66,7 +66,7 @@ def test_teacher_and_students_on_digits(script, tmp_path):
         again = script(tester, "--model_job", job, *digits)
         assert again.out.splitlines() == ran.out.splitlines()[2:]
     names = ["Distilled_resnet18.pth", "Distilled_resnet18_LDH6.pth", "resnet18.pth", "resnet50.pth"]
-    assert sorted(os.listdir(tmp_path / "checkpoints" / "digits")) == names
+    assert sorted(path.name for path in (tmp_path / "checkpoints" / "digits").glob("*.pth")) == names
 
     result = json.loads((tmp_path / "results" / "digits" / "student_seed0.json").read_text())
     assert [figures["train_loss"] for figures in result["epochs"]] == pytest.approx(losses, abs=1e-8)
