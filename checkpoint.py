@@ -1,6 +1,13 @@
-"""Weights to and from disk: plain state_dicts, written atomically, read as data and never as code."""
+"""Weights to and from disk: plain state_dicts, written atomically, checked when read, as data and never as code.
 
+A checkpoint is a zip file, as torch.save writes it, with a comment at its end: the SHA-256 of all before the comment.
+"""
+
+import hashlib
+import io
 import pickle
+import struct
+import zipfile
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -21,8 +28,13 @@ LEGACY_PREFIXES = {
     "base.7.": "layer4.",
 }
 
-# What unpickling, unzipping and rebuilding tensors raise on a damaged file.
-DAMAGED = (RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError, AttributeError, MemoryError)
+ZIP_START, ZIP_END = b"PK\x03\x04", b"PK\x05\x06"  # signatures of the first record, and of the last
+ZIP_END_SIZE = 22  # of the last record; its last two bytes are the length of the comment that follows
+SEAL = b"sha256:"
+SEAL_SIZE = len(SEAL) + 64
+
+# Any of these loads as any other.
+FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 State = dict[str, torch.Tensor]
 
@@ -30,8 +42,18 @@ State = dict[str, torch.Tensor]
 def save(network: torch.nn.Module, path: Path) -> None:
     """Write the network's state_dict to `path`, atomically, as plain contiguous tensors on the CPU."""
     state = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(-2, io.SEEK_END)
+    buffer.write(struct.pack("<H", SEAL_SIZE))
     with replacing(path) as file:
-        torch.save(state, file)
+        file.write(buffer.getbuffer())
+        file.write(_seal(buffer.getbuffer()))
+
+
+def _seal(content: bytes | memoryview) -> bytes:
+    """The comment that goes with the content before it."""
+    return SEAL + hashlib.sha256(content).hexdigest().encode()
 
 
 def read(path: Path, hint: str) -> State:
@@ -40,20 +62,78 @@ def read(path: Path, hint: str) -> State:
     Raises UserError for a file that is missing, damaged, no state_dict, or a pickle that would run code (not run).
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        content = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; {hint}") from None
-    except (IsADirectoryError, PermissionError) as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    try:
+        state = torch.load(io.BytesIO(_checked(content)), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "global" in str(error).lower():  # it names something to import: a class, or a function to call
             raise UserError(f"{path} holds more than tensors and could run code: refused. Save a state_dict") from None
         raise UserError(f"{path} is damaged, or not a checkpoint of PyTorch; {hint}") from None
-    except DAMAGED:
+    except Exception:  # unzipping, unpickling and rebuilding tensors raise whatever the bytes lead them to
         raise UserError(f"{path} is damaged (cut short?), or not a checkpoint of PyTorch; {hint}") from None
-    if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"{path} is not a state_dict (names to tensors)")
-    return state
+    if not _is_state_dict(state):
+        raise UserError(f"{path} is not a state_dict (names to plain tensors)")
+    return dict(dict.items(state))
+
+
+def _checked(content: bytes) -> bytes:
+    """The content, for torch to read. Raises ValueError, or what zipfile raises, where it is not as it was written.
+
+    In torch's older format, which is no zip file, nothing can be checked.
+    """
+    end = content[-SEAL_SIZE:]
+    sealed = end.startswith(SEAL)
+    if sealed and end != _seal(memoryview(content)[:-SEAL_SIZE]):
+        raise ValueError("its checksum does not fit")
+    if not content.startswith(ZIP_START):
+        return content
+    end = content[-ZIP_END_SIZE:]
+    if not sealed and not (end.startswith(ZIP_END) and end.endswith(b"\0\0")):
+        raise ValueError("its end is missing")
+    return _rewritten(content)
+
+
+def _rewritten(content: bytes) -> bytes:
+    """The zip file's members, their CRC-32s checked, in another zip file. Raises as `_checked` does.
+
+    torch's reader checks no CRC-32, and what it makes of a damaged directory of members differs from what zipfile
+    makes of it: it returns memory as it happens to be for one that is marked as a folder. So it gets a sound one.
+    """
+    copy = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as archive, zipfile.ZipFile(copy, "w") as writer:
+        members = archive.infolist()
+        # None of these is from torch.save. Compressed or overlapping members could fill the memory from a small file.
+        if any(member.compress_type != zipfile.ZIP_STORED or member.is_dir() for member in members):
+            raise ValueError("a member is compressed, or a folder")
+        if sum(member.file_size for member in members) > len(content):
+            raise ValueError("its members overlap")
+        if len({member.filename for member in members}) < len(members):
+            raise ValueError("two members have the same name")
+        for member in members:
+            writer.writestr(member.filename, archive.read(member))
+    return copy.getvalue()
+
+
+def _is_state_dict(value: object) -> bool:
+    """Whether it maps names, fit for a line of text, to plain tensors, and at least one."""
+    if not isinstance(value, dict) or not value:
+        return False
+    items = dict.items(value)  # not value.items(): a file can give an OrderedDict attributes, which would hide methods
+    return all(isinstance(key, str) and key.isprintable() and _is_plain(tensor) for key, tensor in items)
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it is a tensor that is dense and has its data: neither sparse, nested nor meta."""
+    return (
+        type(value) in (torch.Tensor, torch.nn.Parameter)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.is_nested
+    )
 
 
 def load(network: CifarResNet, kind: str, path: Path, hint: str) -> CifarResNet:
@@ -66,7 +146,7 @@ def load(network: CifarResNet, kind: str, path: Path, hint: str) -> CifarResNet:
     holds = _architecture(state)
     if holds != TITLES[kind]:
         raise UserError(f"{path} holds a {holds}, not the {TITLES[kind]} needed here")
-    classes, wanted = len(state["fc.bias"]), network.fc.out_features
+    classes, wanted = state["fc.bias"].shape.numel(), network.fc.out_features
     if classes != wanted:
         raise UserError(f"{path} tells {classes} classes apart, the data set has {wanted}")
     _load_strictly(network, state, path)
@@ -129,6 +209,7 @@ def _architecture(state: State) -> str:
 
 
 def _load_strictly(network: CifarResNet, state: State, path: Path) -> None:
+    """Load it, or raise UserError for keys, shapes or types that are not the network's, which then is as it was."""
     expected = network.state_dict()
     missing, surplus = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or surplus:
@@ -138,4 +219,6 @@ def _load_strictly(network: CifarResNet, state: State, path: Path) -> None:
         if state[key].shape != value.shape:
             shapes = f"{tuple(state[key].shape)}, not {tuple(value.shape)}"
             raise UserError(f"{path} does not fit the network: {key} has the shape {shapes}")
+        if state[key].dtype != value.dtype and not {state[key].dtype, value.dtype} <= FLOATS:
+            raise UserError(f"{path} does not fit the network: {key} is of {state[key].dtype}, not {value.dtype}")
     network.load_state_dict(state)

@@ -2,6 +2,8 @@
 
 import argparse
 import math
+import shlex
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,17 +12,20 @@ from typing import NoReturn
 
 import data
 import files
+import processes
 import runtime
 from jobs import Setup
+from processes import Lost
 from recipes import Recipe
-from runtime import Diverged, UserError
+from runtime import Diverged, Stopped, UserError, say
 
 
 class Parser(argparse.ArgumentParser):
     """argparse, with errors of one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        say(f"{self.prog}: error: {message}")
+        self.exit(2)
 
 
 def number(kind: type, text: str, allowed: Callable[[float], bool]) -> Callable[[str], float]:
@@ -54,6 +59,10 @@ def add_data_flags(parser: Parser) -> None:
         "--image_size", type=count, help="side that images are resized to (folder: 32, tiny_imagenet: 64)"
     )
     group.add_argument(
+        "--stream", action="store_true",
+        help="decode image files as they are needed; chosen by itself where they would not fit the memory",
+    )  # fmt: skip
+    group.add_argument(
         "--checkpoint_dir", type=Path, help="default: ./checkpoints for cifar100, ./checkpoints/<dataset> else"
     )
     group = parser.add_argument_group("hardware")
@@ -81,6 +90,20 @@ def add_training_flags(parser: Parser) -> None:
     group.add_argument("--seed", type=seed_number, default=0, help="of the weights and the data's order; default: 0")
     group.add_argument("--augment", action="store_true", help="random crop with padding 4, and horizontal flip")
     add_compile_flag(group)
+    add_sync_bn_flag(group)
+    add_resume_flags(parser)
+
+
+def add_resume_flags(parser: Parser) -> None:
+    """What to do with the state of a run that was not finished."""
+    group = parser.add_argument_group("a run that was not finished").add_mutually_exclusive_group()
+    group.add_argument("--resume", action="store_true", help="go on with the run where it stopped, or start it")
+    group.add_argument("--overwrite", action="store_true", help="start over where a run was not finished")
+
+
+def _mode(args: argparse.Namespace) -> str:
+    """What the flags of add_resume_flags ask for, as jobs.Setup has it; restarted by torchrun, a run goes on."""
+    return "resume" if args.resume or processes.restarted() else "overwrite" if args.overwrite else "new"
 
 
 def add_compile_flag(parser: argparse._ActionsContainer) -> None:
@@ -88,6 +111,14 @@ def add_compile_flag(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--compile", choices=["auto", "on", "off"], default="auto",
         help="torch.compile the network that is trained; auto (default): where it was measured to pay for itself",
+    )  # fmt: skip
+
+
+def add_sync_bn_flag(parser: argparse._ActionsContainer) -> None:
+    """The flag of the scripts that train."""
+    parser.add_argument(
+        "--sync_bn", choices=["on", "off"], default="on",
+        help="under torchrun on CUDA, batch norm over all parts of a batch (default), or over each process's own",
     )  # fmt: skip
 
 
@@ -130,26 +161,51 @@ def _default_dir(name: str, dataset: str) -> Path:
     return Path(name) if dataset == "cifar100" else Path(name, dataset)
 
 
+def load_data(args: argparse.Namespace, hardware: runtime.Runtime) -> data.Dataset:
+    """The data set that the flags ask for; one process of a machine fetches and decodes it. Raises UserError."""
+    with hardware.processes.first_on_its_machine():
+        return data.load(args.dataset, args.data_dir, args.image_size, args.stream)
+
+
 def setup(args: argparse.Namespace, images: data.Dataset, hardware: runtime.Runtime, **choices) -> Setup:
     """What a job runs in; finds out before any training whether it can write what it will make. Raises UserError."""
     files.ensure_writable(checkpoint_dir(args), "--checkpoint_dir")
     files.ensure_writable(results_dir(args), "--results_dir")
+    choices |= {"compile_mode": args.compile, "sync_bn": args.sync_bn == "on"}
     return Setup(images, hardware, checkpoint_dir(args), results_dir(args), **choices)
 
 
-def run(main: Callable[[], None]) -> NoReturn:
-    """Run a script's main function and exit: 0, or with one line on stderr 2 (user's mistake), 1 (failed), 130."""
+def training_setup(args: argparse.Namespace, images: data.Dataset, hardware: runtime.Runtime, **choices) -> Setup:
+    """`setup` with the choices of add_training_flags."""
+    return setup(args, images, hardware, seed=args.seed, augment=args.augment, mode=_mode(args), **choices)
+
+
+def run(main: Callable[[], None], go_on: list[str] | None = None) -> NoReturn:
+    """Run a script's main function and exit: 0, or with one line on stderr 2 (user's mistake), 1 (failed), 130.
+
+    Stopped by a signal with its state saved, a script exits with 130 for SIGINT, 143 for SIGTERM and, so that a batch
+    system puts the job into its queue again, 0 for SIGUSR1. go_on: the flags with which the same command goes on.
+    """
     code = 0
     name = Path(sys.argv[0]).name
     try:
         main()
+        processes.leave()
     except UserError as error:
         code = 2
-        print(f"{name}: error: {error}", file=sys.stderr)
+        say(f"{name}: error: {error}")
     except Diverged as error:
         code = 1
-        print(f"{name}: error: {error}; no checkpoint was written", file=sys.stderr)
+        say(f"{name}: error: {error}; no checkpoint was written")
+    except Lost as error:
+        code = 1
+        say(f"{name}: error: another process of this run is gone ({error}); its state is kept")
+    except Stopped as error:
+        # By name, as Python has no such signal on Windows.
+        code = 0 if signal.Signals(error.number).name == "SIGUSR1" else 128 + error.number
+        command = [arg for arg in sys.argv if arg not in ("--resume", "--overwrite")] + (go_on or [])
+        say(f"\n{name}: interrupted; go on with: python {shlex.join(command)}")
     except KeyboardInterrupt:
         code = 130
-        print(f"\n{name}: interrupted; no checkpoint was written", file=sys.stderr)
+        say(f"\n{name}: interrupted; no checkpoint was written")
     sys.exit(code)

@@ -8,9 +8,10 @@ testing.
 
 import contextlib
 import hashlib
+import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,8 @@ from PIL import Image, ImageOps
 from torchvision import datasets
 
 import files
-from runtime import UserError
+from processes import Processes, local_size
+from runtime import UserError, free_memory, say
 
 DATASETS = ("cifar100", "cifar10", "tiny_imagenet", "folder", "digits")
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
@@ -37,10 +39,44 @@ CACHE_FORMAT = 1
 Statistics = tuple[float, float, float]  # one value for each of red, green and blue
 
 
-class Split(NamedTuple):
-    """images: uint8 (N, H, W, 3), contiguous; labels: int64 (N,)."""
+class ImageFiles(torch.utils.data.Dataset):
+    """Images on the disk, decoded each time they are asked for: for sets that memory does not hold.
 
-    images: torch.Tensor
+    key: differs where the files do.
+    """
+
+    def __init__(self, paths: list[Path], size: int, key: str):
+        # One array: a list of a million paths would be copied into each worker as its reference counts change.
+        self.paths, self.key = np.array([os.fsencode(path) for path in paths]), key
+        self.shape = (len(paths), size, size, 3)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.from_numpy(np.array(_read_image(Path(os.fsdecode(self.paths[index])), self.shape[1])))
+
+    def read(self, parts: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """The images of each part (indices), uint8 (B, H, W, 3), decoded by worker processes.
+
+        Raises UserError for an image that can't be read.
+        """
+        loader = torch.utils.data.DataLoader(
+            self,
+            batch_sampler=[part.tolist() for part in parts],
+            num_workers=max(1, min(16, (os.cpu_count() or 1) // local_size())),
+            generator=torch.Generator(),  # it draws a seed for the workers, not from the run's own generator
+        )
+        try:
+            yield from loader
+        except UserError as error:  # a worker's traceback and, at its end, what it raised
+            raise UserError(str(error).rstrip().rpartition("UserError: ")[2]) from None
+
+
+class Split(NamedTuple):
+    """images: uint8 (N, H, W, 3), contiguous, or the files they are decoded from; labels: int64 (N,)."""
+
+    images: torch.Tensor | ImageFiles
     labels: torch.Tensor
 
 
@@ -68,7 +104,8 @@ class Dataset:
 class Batch(NamedTuple):
     """index: int64 (B,), which images of the split; images: float32 (B, 3, H, W), channels last; labels: int64 (B,).
 
-    host_index: the index once more, on the CPU. epoch: which one the batch is of, from 0.
+    host_index: the index once more, on the CPU. epoch: which one the batch is of, from 0. share: how much of the whole
+    batch this is, 1 unless other processes have a part of it.
     """
 
     index: torch.Tensor
@@ -76,6 +113,7 @@ class Batch(NamedTuple):
     labels: torch.Tensor
     host_index: torch.Tensor
     epoch: int
+    share: float = 1.0
 
 
 def normalise(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
@@ -89,21 +127,27 @@ class Batches:
 
     shuffle: in an order that depends on (seed, epoch) alone. augment: a random crop with padding 4 (of black pixels)
     and a horizontal flip with probability 1/2 for every image, which depend on (seed, epoch, image) alone.
+    processes: of several, each is given its part of every batch where they are shuffled, for training; where not, for
+    testing, whole batches in turn, so that each is computed just as by one process.
     """
 
     def __init__(
         self, split: Split, mean: Statistics, std: Statistics, batch_size: int, device: torch.device,
-        *, shuffle: bool = False, seed: int = 0, augment: bool = False,
+        *, shuffle: bool = False, seed: int = 0, augment: bool = False, processes: Processes | None = None,
     ):  # fmt: skip
-        self.images, self.labels = split.images.to(device), split.labels.to(device)
+        self.split, self.labels = split, split.labels.to(device)
         self.size = split.images.shape[1]
-        self.batch_size, self.device = batch_size, device
+        self.batch_size, self.device, self.processes = batch_size, device, processes or Processes()
         self.shuffle, self.seed, self.augment = shuffle, seed, augment
         # On the device from the start: a tensor made from Python's numbers in the step would wait for the device.
         self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
-        if augment:
-            self.images = torch.nn.functional.pad(self.images, (0, 0, PADDING, PADDING, PADDING, PADDING))
-            self.sides = torch.arange(self.size, device=device)
+        self.images = None if self.streams else self._padded(split.images.to(device))
+        self.sides = torch.arange(self.size, device=device)
+
+    @property
+    def streams(self) -> bool:
+        """Whether the images are decoded as they are asked for."""
+        return isinstance(self.split.images, ImageFiles)
 
     @property
     def n_images(self) -> int:
@@ -111,6 +155,14 @@ class Batches:
 
     def __len__(self) -> int:
         return -(-self.n_images // self.batch_size)
+
+    def fingerprint(self) -> str:
+        """Differs where the images or their normalisation do."""
+        images = self.split.images
+        digest = hashlib.sha256(images.key.encode() if self.streams else images.numpy())
+        for tensor in (self.mean, self.std):
+            digest.update(tensor.cpu().numpy())
+        return digest.hexdigest()
 
     def order(self, epoch: int) -> torch.Tensor:
         """The images' indices in the order of that epoch, int64 (N,), on the CPU."""
@@ -125,15 +177,31 @@ class Batches:
         return torch.cat([offsets, torch.randint(2, (self.n_images, 1), generator=generator)], dim=1)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch (from 0), from number `start` on, just as if those before had been given too."""
-        return self.of(self.order(epoch)[start * self.batch_size :], epoch, self.batch_size)
+        """This process's batches of an epoch (from 0), from number `start` on, as if those before had been given."""
+        whole, rank, size = self.order(epoch).split(self.batch_size)[start:], self.processes.rank, self.processes.size
+        mine = [batch.tensor_split(size)[rank] for batch in whole] if self.shuffle else whole[rank::size]
+        shares = [len(part) / len(batch) for part, batch in zip(mine, whole, strict=False)] if self.shuffle else None
+        return self._give(mine, epoch, shares)
 
     def of(self, order: torch.Tensor, epoch: int, batch_size: int) -> Iterator[Batch]:
         """Batches of the images with these indices (int64, on the CPU), as they are seen in that epoch."""
+        return self._give(order.split(batch_size), epoch)
+
+    def _give(self, parts: Sequence[torch.Tensor], epoch: int, shares: list[float] | None = None) -> Iterator[Batch]:
+        if not parts:
+            return
         views = self._move(self.views(epoch)) if self.augment else None
-        for host_index, index in zip(order.split(batch_size), self._move(order).split(batch_size), strict=True):
-            images = self.images[index] if views is None else self._crop(index, views[index])
-            yield Batch(index, normalise(images, self.mean, self.std), self.labels[index], host_index, epoch)
+        indices = self._move(torch.cat(list(parts))).split([len(part) for part in parts])
+        decoded = self.split.images.read(parts) if self.streams else None
+        for number, (host_index, index) in enumerate(zip(parts, indices, strict=True)):
+            if decoded is not None:
+                source, at = self._padded(self._move(next(decoded))), torch.arange(len(index), device=self.device)
+            else:
+                source, at = self.images, index
+            images = source[at] if views is None else self._crop(source, at, views[index])
+            share = shares[number] if shares else 1.0
+            pixels = normalise(images, self.mean, self.std)
+            yield Batch(index, pixels, self.labels[index], host_index, epoch, share)
 
     def view_codes(self, epoch: int) -> torch.Tensor:
         """`views` as one number an image, int64 (N,) of 0..VIEWS - 1, on the CPU."""
@@ -145,12 +213,17 @@ class Batches:
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
-    def _crop(self, index: torch.Tensor, views: torch.Tensor) -> torch.Tensor:
-        """Each image's own window of its padded self, mirrored where its view says so: uint8 (B, H, W, 3)."""
+    def _padded(self, images: torch.Tensor) -> torch.Tensor:
+        """The images with a black margin on all sides where they are to be cropped."""
+        margin = (0, 0, PADDING, PADDING, PADDING, PADDING)
+        return torch.nn.functional.pad(images, margin) if self.augment else images
+
+    def _crop(self, padded: torch.Tensor, index: torch.Tensor, views: torch.Tensor) -> torch.Tensor:
+        """Of the images with these indices, each one's own window, mirrored where its view says so: (B, H, W, 3)."""
         dy, dx, flip = views.unsqueeze(2).unbind(1)
         rows = dy + self.sides
         columns = dx + torch.where(flip.bool(), self.sides.flip(0), self.sides)
-        return self.images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+        return padded[index[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
 def _generator(seed: int, epoch: int, purpose: int) -> torch.Generator:
@@ -159,10 +232,12 @@ def _generator(seed: int, epoch: int, purpose: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
 
 
-def load(name: str, data_dir: str | Path = "data", image_size: int | None = None) -> Dataset:
+def load(name: str, data_dir: str | Path = "data", image_size: int | None = None, stream: bool = False) -> Dataset:
     """The data set of that name, one of DATASETS, read from data_dir.
 
     image_size: the side that images are resized to; for "folder" (32 if None) and "tiny_imagenet" (64 if None) alone.
+    stream: leave these two on the disk and decode their images as they are asked for; done unasked, and said, where
+    the decoded images would take more than half of the memory that is free.
     Raises UserError for a data set that is unknown, missing, damaged, or that can't be downloaded.
     """
     data_dir = Path(data_dir)
@@ -172,27 +247,34 @@ def load(name: str, data_dir: str | Path = "data", image_size: int | None = None
         raise UserError(f"--image_size: the images of {name} have a fixed size; leave the flag away")
     if image_size is not None and image_size < 8:
         raise UserError(f"--image_size {image_size} is too small; the networks need 8 at least")
+    if stream and name not in ("folder", "tiny_imagenet"):
+        raise UserError(f"--stream: {name} comes in one piece, not as image files; leave the flag away")
     if name == "digits":
         return _digits()
     if name == "folder":
-        return _decoded(name, data_dir, _folder_files(data_dir), image_size or 32)
+        return _images(name, data_dir, _folder_files(data_dir), image_size or 32, stream)
     if name == "tiny_imagenet":
         root = _tiny_imagenet_root(data_dir)
-        return _decoded(name, root, _tiny_imagenet_files(root), image_size or 64)
+        return _images(name, root, _tiny_imagenet_files(root), image_size or 64, stream)
     return _cifar(name, data_dir)
 
 
 def _dataset(name: str, train: Split, test: Split, classes: tuple[str, ...]) -> Dataset:
     if name == "cifar100":
         return Dataset(name, train, test, classes, CIFAR100_MEAN, CIFAR100_STD)
-    return Dataset(name, train, test, classes, *_statistics(train.images))
+    return Dataset(name, train, test, classes, *_statistics([train.images]))
 
 
-def _statistics(images: torch.Tensor) -> tuple[Statistics, Statistics]:
-    """Mean and standard deviation of each channel, in float64, from how often each pixel value occurs."""
+def _statistics(parts: Iterable[torch.Tensor]) -> tuple[Statistics, Statistics]:
+    """Mean and standard deviation of each channel of the images in all parts, uint8 (B, H, W, 3) each.
+
+    In float64, from how often each pixel value occurs, so that it does not matter how the images are parted.
+    """
+    counts = torch.zeros(3, 256, dtype=torch.int64)
+    for images in parts:
+        counts += torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(3)])
     pixels = torch.arange(256, dtype=torch.float64) / 255
-    counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(3)]).double()
-    shares = counts / counts.sum(1, keepdim=True)
+    shares = counts.double() / counts.double().sum(1, keepdim=True)
     mean = shares @ pixels
     std = (shares @ pixels**2 - mean**2).clamp(min=0).sqrt()
     std[std < 1e-6] = 1.0  # a channel of one value: nothing to stretch
@@ -294,20 +376,48 @@ def _tiny_imagenet_files(root: Path) -> Files:
     return {"train": train, "test": test}
 
 
-def _decoded(name: str, root: Path, listing: Files, size: int) -> Dataset:
-    """Decode the images, or take them from the cache beside them where nothing changed since."""
+def _images(name: str, root: Path, listing: Files, size: int, stream: bool) -> Dataset:
+    """The data set of these image files, decoded or, to stream or where that would not fit the memory, not."""
     classes = tuple(sorted({label for _, label in listing["train"]}))
     number = {label: index for index, label in enumerate(classes)}
-    cache, key = root / f".decoded_{size}.npz", _fingerprint(root, listing, size)
+    labels = {part: torch.tensor([number[label] for _, label in found]) for part, found in listing.items()}
+    key = _fingerprint(root, listing, size)
+    needed, there = size * size * 3 * sum(map(len, listing.values())), free_memory(torch.device("cpu"))
+    if not stream and 0 < there < 2 * needed:
+        stream = True
+        say(f"streaming: decoded, the images would take {needed / 1e9:.1f} GB, of memory {there / 1e9:.1f} GB are free")
+    if not stream:
+        images = _decoded(root, listing, size, key)
+        return _dataset(name, *(Split(torch.from_numpy(images[part]), labels[part]) for part in listing), classes)
+    train, test = (Split(ImageFiles([path for path, _ in listing[part]], size, key), labels[part]) for part in listing)
+    return Dataset(name, train, test, classes, *_streamed_statistics(train.images, root))
+
+
+def _streamed_statistics(images: ImageFiles, root: Path) -> tuple[Statistics, Statistics]:
+    """Mean and standard deviation, from one pass over the files, or as kept beside them since the last one."""
+    path = root / f".statistics_{images.shape[1]}.json"
+    try:
+        kept = json.loads(path.read_text())
+        if kept["key"] == images.key:
+            return tuple(kept["mean"]), tuple(kept["std"])
+    except (OSError, ValueError, LookupError, TypeError):
+        pass
+    mean, std = _statistics(images.read(torch.arange(len(images)).split(250)))
+    try:
+        files.write_json({"key": images.key, "mean": mean, "std": std}, path)
+    except UserError as error:
+        say(f"the images' mean is not kept, the next start reads them all again ({error})")
+    return mean, std
+
+
+def _decoded(root: Path, listing: Files, size: int, key: str) -> dict[str, np.ndarray]:
+    """Decode the images, or take them from the cache beside them where nothing changed since."""
+    cache = root / f".decoded_{size}.npz"
     images = _read_cache(cache, key)
     if images is None:
         images = {part: _decode([path for path, _ in found], size) for part, found in listing.items()}
         _write_cache(cache, key, images)
-    splits = {
-        part: Split(torch.from_numpy(images[part]), torch.tensor([number[label] for _, label in found]))
-        for part, found in listing.items()
-    }
-    return _dataset(name, splits["train"], splits["test"], classes)
+    return images
 
 
 def _fingerprint(root: Path, listing: Files, size: int) -> str:
@@ -367,4 +477,4 @@ def _write_cache(path: Path, key: str, images: dict[str, np.ndarray]) -> None:
         with files.replacing(path) as file:
             np.savez(file, key=np.array(key), **images)
     except UserError as error:
-        print(f"the decoded images are not kept, the next start decodes them again ({error})", file=sys.stderr)
+        say(f"the decoded images are not kept, the next start decodes them again ({error})")

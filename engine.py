@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,8 @@ from tqdm import tqdm
 
 from data import Batch, Batches
 from models import CifarResNet, folded
+from processes import Processes
+from runstate import Keeper, State
 from runtime import Diverged, Runtime
 
 TEST_LOSS_BATCH = 256  # Test Loss is defined over batches of this many images
@@ -29,46 +32,113 @@ def fit(
     epochs: int,
     runtime: Runtime,
     title: str,
+    keeper: Keeper | None = None,
 ) -> Iterator[dict[str, float]]:
     """Train the network with Adam; after each epoch, give that epoch's figures.
 
     loss: from a batch, the epoch and the iteration within it (both from 0) to named scalars, each a mean over the
         batch's images; the one named "loss" is minimised.
+    keeper: keeps the run's state; where it has one, training goes on from it, mid-epoch too.
     Figures: "epoch" from 1, "train_loss" and each other scalar, as its mean over the epoch's images, "learning_rate",
-        "seconds".
-    Raises Diverged where the loss or a weight is not finite at the end of an epoch.
+        "seconds". Those of epochs done before are in keeper.figures, to which each epoch's are added.
+    Raises Diverged where the loss or a weight is not finite at the end of an epoch; what the keeper raises.
     """
+    keeper, processes = keeper or Keeper(), runtime.processes
     optimiser = torch.optim.Adam(network.parameters(), lr=learning_rate(0), fused=True)
-    for epoch in range(epochs):
-        started = time.perf_counter()
+    at = _restore(keeper.state, network, optimiser, runtime) if keeper.state else Position()
+    for epoch in range(at.epoch, epochs):
+        started = time.perf_counter() - at.seconds
         network.train()
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(epoch)
-        totals: Terms = {}
-        with tqdm(
-            total=batches.n_images, desc=f"{title} {epoch + 1}/{epochs}", unit="img", leave=False, disable=None
-        ) as bar:
-            for iteration, batch in enumerate(batches.epoch(epoch)):
+        with _bar(f"{title} {epoch + 1}/{epochs}", batches, at.iteration, processes) as bar:
+            for iteration, batch in enumerate(batches.epoch(epoch, at.iteration), at.iteration):
                 with runtime.autocast():
                     terms = loss(batch, epoch, iteration)
                 optimiser.zero_grad()
                 terms["loss"].backward()
+                processes.average_gradients(network, batch.share)
                 optimiser.step()
                 # Summed on the device and read once an epoch: the step never waits for it.
                 for name, value in terms.items():
-                    totals[name] = totals.get(name, 0) + value.detach().double() * len(batch.labels)
-                bar.update(len(batch.labels))
-        means = {name: float(total) / batches.n_images for name, total in totals.items()}
+                    at.totals[name] = at.totals.get(name, 0) + value.detach().double() * len(batch.labels)
+                bar.update(min(batches.batch_size, batches.n_images - bar.n))
+                if keeper.due():
+                    at.iteration, at.seconds = iteration + 1, time.perf_counter() - started
+                    keeper.save(_snapshot(network, optimiser, at, processes))
+        sums = _over_all(at.totals, processes)
+        means = dict(zip(sums, (torch.stack(list(sums.values())) / batches.n_images).tolist(), strict=True))
         _check_finite(means["loss"], network, epoch)
-        seconds = time.perf_counter() - started
-        train_loss = means.pop("loss")
-        yield {
+        figures = {
             "epoch": epoch + 1,
-            "train_loss": train_loss,
+            "train_loss": means.pop("loss"),
             **means,
             "learning_rate": learning_rate(epoch),
-            "seconds": seconds,
+            "seconds": time.perf_counter() - started,
         }
+        at = Position(epoch + 1)
+        keeper.figures.append(figures)
+        yield figures
+        if keeper.path:
+            keeper.save(_snapshot(network, optimiser, at, processes))
+
+
+def _bar(name: str, batches: Batches, iteration: int, processes: Processes) -> tqdm:
+    """A bar with images/s, on a terminal only."""
+    done, hidden = iteration * batches.batch_size, None if processes.main else True
+    return tqdm(total=batches.n_images, initial=done, desc=name, unit="img", leave=False, disable=hidden)
+
+
+@dataclass
+class Position:
+    """Where a run is: the epoch, the iterations of it that are done, the seconds they took, and their sums."""
+
+    epoch: int = 0
+    iteration: int = 0
+    seconds: float = 0.0
+    totals: Terms = field(default_factory=dict)
+
+
+def _snapshot(network: CifarResNet, optimiser: torch.optim.Optimizer, at: Position, processes: Processes) -> State:
+    """A copy of all that the steps to come depend on, as tensors on the CPU and plain types."""
+    if not any(isinstance(module, torch.nn.SyncBatchNorm) for module in network.modules()):
+        processes.average_buffers(network)
+    return _copied(
+        {
+            "network": network.state_dict(),
+            "optimiser": optimiser.state_dict(),
+            "position": vars(replace(at, totals=_over_all(at.totals, processes))),
+            "random": torch.get_rng_state(),
+        }
+    )
+
+
+def _copied(value: object) -> object:
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(part) for key, part in value.items()}
+    return value
+
+
+def _over_all(totals: Terms, processes: Processes) -> Terms:
+    """The sums over the images of all processes."""
+    if not totals:
+        return {}
+    values = torch.stack(list(totals.values()))
+    processes.sum(values)
+    return dict(zip(totals, values, strict=True))
+
+
+def _restore(state: State, network: CifarResNet, optimiser: torch.optim.Optimizer, runtime: Runtime) -> Position:
+    network.load_state_dict(state["network"])
+    optimiser.load_state_dict(state["optimiser"])
+    torch.set_rng_state(state["random"])
+    at = Position(**state["position"])
+    # The sums are of all processes, so one alone goes on with them.
+    mine = float(runtime.processes.main)
+    at.totals = {name: total.to(runtime.device) * mine for name, total in at.totals.items()}
+    return at
 
 
 def _check_finite(loss: float, network: CifarResNet, epoch: int) -> None:
@@ -85,17 +155,20 @@ def evaluate(network: CifarResNet, batches: Batches, runtime: Runtime) -> dict[s
     `batches`. images: how many there were. With fewer than five classes top5 is 100.
     """
     network = folded(network).to(runtime.device)
-    losses, ranks = [], []
+    # For each image its cross-entropy, and whether its class is the best and among the best five. Each process fills in
+    # those of its own batches; the sum over the processes only adds zeros to them.
+    figures = torch.zeros(batches.n_images, 3, dtype=torch.float64, device=runtime.device)
     with torch.inference_mode(), runtime.autocast():
         for batch in batches.epoch(0):
             logits = network(batch.images).logits
-            best = logits.topk(min(5, logits.shape[1])).indices
-            losses.append(F.cross_entropy(logits, batch.labels, reduction="none"))
-            ranks.append(best == batch.labels.unsqueeze(1))
-    per_image, hits = torch.cat(losses).double().cpu(), torch.cat(ranks).double().cpu()
+            hits = logits.topk(min(5, logits.shape[1])).indices == batch.labels.unsqueeze(1)
+            losses = F.cross_entropy(logits, batch.labels, reduction="none")
+            figures[batch.index] = torch.stack([losses, hits[:, 0], hits.any(1)], dim=1).double()
+    runtime.processes.sum(figures)
+    per_image, top1, top5 = figures.cpu().unbind(1)
     return {
-        "top1": 100 * hits[:, 0].mean().item(),
-        "top5": 100 * hits.sum(1).mean().item(),
+        "top1": 100 * top1.mean().item(),
+        "top5": 100 * top5.mean().item(),
         "test_loss": sum(part.mean().item() for part in per_image.split(TEST_LOSS_BATCH)) / len(per_image),
         "mean_ce": per_image.mean().item(),
         "images": len(per_image),

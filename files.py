@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,6 +11,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from runtime import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows: no locks
+    fcntl = None
 
 
 @contextmanager
@@ -40,6 +46,54 @@ def replacing_all(paths: list[Path]) -> Iterator[list[BinaryIO]]:
     """`replacing` for several files at once: each takes its place only when all are written."""
     with ExitStack() as stack:
         yield [stack.enter_context(replacing(path)) for path in paths]
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what `replacing` could not, as its process was killed; only for who knows that no other writes `path`."""
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+class Locked(Exception):
+    """Another process holds the lock; says which."""
+
+
+@contextmanager
+def locked(path: Path, wait: bool = False) -> Iterator[None]:
+    """Hold the lock that this file is. It goes with its process, however that ends.
+
+    wait: for whoever holds it; else Locked is raised. Raises UserError where the file can't be written.
+    """
+    if fcntl is None:
+        yield
+        return
+    handle = _lock(path, wait)
+    try:
+        os.truncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # before letting go of it: see _lock
+        os.close(handle)
+
+
+def _lock(path: Path, wait: bool) -> int:
+    """The lock's file, open and locked."""
+    while True:
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
+        try:
+            # lockf, as its locks, unlike those of flock, are not kept alive by worker processes that outlive this one.
+            fcntl.lockf(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+                return handle
+        except (BlockingIOError, PermissionError):  # as the system says it
+            holder = os.read(handle, 200).decode(errors="replace")
+            os.close(handle)
+            raise Locked(holder or "another process") from None
+        os.close(handle)  # its holder removed it meanwhile: it locks nothing any more
 
 
 def _umask() -> int:

@@ -1,10 +1,10 @@
 """One job: from a recipe to a tested checkpoint and a result on the disk."""
 
+import json
 import math
 import platform
 import shlex
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,9 +18,10 @@ import engine
 import losses
 import models
 from data import Batch, Batches, Dataset, Split
-from files import sha256, write_json
+from files import remove_leftovers, sha256, write_json
 from recipes import RECIPES, Recipe
-from runtime import Runtime, UserError, compiled, inference_batch
+from runstate import Keeper, refuse_difference
+from runtime import Runtime, UserError, compiled, inference_batch, say
 from teacher import Teacher
 
 COMPILE_PAYS = 20_000  # images of 32x32 pixels, all epochs taken together, from which on compiling a ResNet-50 pays
@@ -32,6 +33,8 @@ class Setup:
 
     seed: of the weights and of the data's order. augment: random crop and flip of the training images. weights: the
     teacher's start, see checkpoint.start_teacher. compile_mode: "auto", "on" or "off", see forward_of.
+    mode: "new", "resume" or "overwrite", what to do with the state of an unfinished run, see runstate.Keeper.begin.
+    sync_bn: of several processes on CUDA, batch norm takes its statistics over all parts of a batch.
     """
 
     dataset: Dataset
@@ -42,59 +45,114 @@ class Setup:
     augment: bool = False
     weights: str = "imagenet"
     compile_mode: str = "auto"
+    mode: str = "new"
+    sync_bn: bool = True
 
 
-def train(recipe: Recipe, setup: Setup, teacher: Teacher | None = None) -> dict:
-    """Train a recipe's network, save it, test it; print the lines of both and write the result; give the result.
+def train(recipe: Recipe, setup: Setup, teacher: Teacher | None = None) -> None:
+    """Train a recipe's network, save it, test it; print the lines of both and write the result.
 
     teacher: for the rows that distil.
-    Raises Diverged (nothing is written), UserError (a bad combination, a full disk).
+    Raises Diverged (no checkpoint is written), Stopped (a signal came; the run's state is saved), UserError (a bad
+    combination, a full disk, a run state in the way or of other settings, a run that another process is making).
     """
-    started = time.perf_counter()
-    dataset, device = setup.dataset, setup.runtime.device
-    _check_batches(recipe, dataset)
-    torch.manual_seed(setup.seed)
-    network = models.build(recipe.network, dataset.num_classes)
-    if recipe.network == "teacher":
-        checkpoint.start_teacher(network, setup.weights)
-    network = network.to(device, memory_format=torch.channels_last)
-    batches = Batches(
-        dataset.train, dataset.mean, dataset.std, recipe.batch_size, device,
-        shuffle=True, seed=setup.seed, augment=setup.augment,
-    )  # fmt: skip
-    forward = forward_of(network, batches, setup.runtime, setup.compile_mode, recipe)
-    epochs = []
-    for figures in engine.fit(
-        network,
-        batches,
-        batch_loss(recipe, forward, teacher, batches),
-        lambda epoch: engine.step_lr(recipe.learning_rate, epoch, recipe.scheduler_step),
-        recipe.epochs,
-        setup.runtime,
-        recipe.job,
-    ):
-        print(f"Epoch [{figures['epoch']}/{recipe.epochs}], Train Loss: {figures['train_loss']:.8f}", flush=True)
-        epochs.append(figures)
+    processes = setup.runtime.processes
+    _check_batches(recipe, setup.dataset, processes.size)
+    keeper = Keeper(state_path(recipe, setup), identity(recipe, setup, teacher), processes)
+    with keeper.locked():
+        if processes.main:
+            remove_leftovers(checkpoint_path(recipe, setup))
+        keeper.begin(setup.mode)
+        if setup.mode == "resume" and keeper.state is None and is_finished(recipe, setup, teacher):
+            say(f"{recipe.job}, seed {setup.seed}: finished already")
+            return
+        network = _trained(recipe, setup, teacher, keeper)
+        if processes.main:
+            checkpoint.save(network, checkpoint_path(recipe, setup))
+        figures = test(network, setup.dataset, plain(setup.runtime))
+        if processes.main:
+            write_json(_result(recipe, setup, teacher, keeper.figures, figures), result_path(recipe, setup))
+        keeper.finish()
 
-    path = setup.checkpoint_dir / f"{recipe.checkpoint}.pth"
-    checkpoint.save(network, path)
-    figures = test(network, dataset, plain(setup.runtime))
-    trained = sum(epoch["seconds"] for epoch in epochs)
-    result = {
+
+def _result(
+    recipe: Recipe, setup: Setup, teacher: Teacher | None, epochs: list[dict[str, float]], figures: dict[str, float]
+) -> dict:
+    """What is kept of a finished run: what it was, and the figures of its epochs and of its test."""
+    seconds = sum(epoch["seconds"] for epoch in epochs)
+    path = checkpoint_path(recipe, setup)
+    return {
         **identity(recipe, setup, teacher),
         "teacher_top1": teacher and teacher.top1,
         "epochs": epochs,
         "test": figures,
-        "seconds": time.perf_counter() - started,
-        "images_per_second": recipe.epochs * batches.n_images / trained,
+        "seconds": seconds,
+        "images_per_second": recipe.epochs * len(setup.dataset.train.labels) / seconds,
         "checkpoint": path.name,
         "checkpoint_sha256": sha256(path),
         "versions": versions(),
         "device": setup.runtime.describe(),
+        "processes": setup.runtime.processes.size,
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
-    write_json(result, result_path(recipe, setup))
-    return result
+
+
+def _trained(recipe: Recipe, setup: Setup, teacher: Teacher | None, keeper: Keeper) -> models.CifarResNet:
+    """The network after its training, from wherever the keeper's state is; prints a line an epoch."""
+    dataset, device, processes = setup.dataset, setup.runtime.device, setup.runtime.processes
+    torch.manual_seed(setup.seed)
+    network = models.build(recipe.network, dataset.num_classes)
+    if recipe.network == "teacher":
+        with processes.first_on_its_machine():
+            checkpoint.start_teacher(network, setup.weights)
+    if _batch_norm(setup) == "whole batch" and processes.size > 1:
+        network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    elif processes.size > 1 and setup.sync_bn:
+        say("batch norm: on a CPU each process normalises its own part of a batch; SyncBatchNorm needs CUDA")
+    network = network.to(device, memory_format=torch.channels_last)
+    batches = Batches(
+        dataset.train, dataset.mean, dataset.std, recipe.batch_size, device,
+        shuffle=True, seed=setup.seed, augment=setup.augment, processes=processes,
+    )  # fmt: skip
+    loss = batch_loss(recipe, forward_of(network, batches, setup.runtime, setup.compile_mode, recipe), teacher, batches)
+    if keeper.state:
+        at = keeper.state["position"]
+        say(f"{recipe.job}: going on after {at['epoch']} epochs and {at['iteration']} batches")
+    with keeper.listening():
+        for figures in engine.fit(
+            network,
+            batches,
+            loss,
+            lambda epoch: engine.step_lr(recipe.learning_rate, epoch, recipe.scheduler_step),
+            recipe.epochs,
+            setup.runtime,
+            recipe.job,
+            keeper,
+        ):
+            print(f"Epoch [{figures['epoch']}/{recipe.epochs}], Train Loss: {figures['train_loss']:.8f}", flush=True)
+    return network
+
+
+def _batch_norm(setup: Setup) -> str:
+    """What batch norm takes its statistics over; torch's SyncBatchNorm works on CUDA alone."""
+    size = setup.runtime.processes.size
+    if size == 1 or (setup.sync_bn and setup.runtime.device.type == "cuda"):
+        return "whole batch"
+    return f"each of {size} parts of a batch"
+
+
+def is_finished(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> bool:
+    """Whether this very run is on the disk, its result and the checkpoint that the result is about.
+
+    Raises UserError where a result of other settings is in its place.
+    """
+    result, weights = result_path(recipe, setup), checkpoint_path(recipe, setup)
+    if not (result.exists() and weights.exists()):
+        return False
+    found = json.loads(result.read_text())
+    advice = "choose another --results_dir and --checkpoint_dir, or delete it"
+    refuse_difference(found, identity(recipe, setup, teacher), result, advice)
+    return found["checkpoint_sha256"] == sha256(weights)
 
 
 def forward_of(
@@ -109,7 +167,8 @@ def forward_of(
     pays = runtime.device.type == "cpu" and runtime.precision == "bf16" and recipe.network == "teacher"
     if compile_mode == "off" or (compile_mode == "auto" and not (pays and work > COMPILE_PAYS)):
         return network
-    return compiled(network, (recipe.batch_size, 3, batches.size, batches.size), runtime)
+    images = recipe.batch_size // runtime.processes.size
+    return compiled(network, (images, 3, batches.size, batches.size), runtime)
 
 
 def batch_loss(
@@ -142,12 +201,13 @@ def test(network: models.CifarResNet, dataset: Dataset, runtime: Runtime) -> dic
 
 def evaluate(network: models.CifarResNet, dataset: Dataset, runtime: Runtime) -> dict[str, float]:
     """engine.evaluate on the data set's test images."""
-    return engine.evaluate(network, in_order(dataset.test, dataset, runtime.device), runtime)
+    return engine.evaluate(network, in_order(dataset.test, dataset, runtime), runtime)
 
 
-def in_order(split: Split, dataset: Dataset, device: torch.device) -> Batches:
+def in_order(split: Split, dataset: Dataset, runtime: Runtime) -> Batches:
     """All images of the split, in order, in batches for inference."""
-    return Batches(split, dataset.mean, dataset.std, inference_batch(device), device)
+    device = runtime.device
+    return Batches(split, dataset.mean, dataset.std, inference_batch(device), device, processes=runtime.processes)
 
 
 def plain(runtime: Runtime) -> Runtime:
@@ -194,10 +254,21 @@ def identity(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> dict:
         "seed": setup.seed,
         "augment": setup.augment,
         "precision": setup.runtime.precision,
+        "batch_norm": _batch_norm(setup),
         "recipe": row,
         "weights": setup.weights if recipe.network == "teacher" else None,
         "teacher": teacher and {"sha256": teacher.sha256},
     }
+
+
+def checkpoint_path(recipe: Recipe, setup: Setup) -> Path:
+    """Where a run's checkpoint is kept."""
+    return setup.checkpoint_dir / f"{recipe.checkpoint}.pth"
+
+
+def state_path(recipe: Recipe, setup: Setup) -> Path:
+    """Where the state of a run is kept while it is not finished."""
+    return setup.checkpoint_dir / f"{recipe.checkpoint}.state"
 
 
 def result_path(recipe: Recipe, setup: Setup) -> Path:
@@ -215,12 +286,14 @@ def versions() -> dict[str, str]:
     }
 
 
-def _check_batches(recipe: Recipe, dataset: Dataset) -> None:
-    """Refuse a batch on which batch norm has one value a channel, and so nothing to normalise."""
+def _check_batches(recipe: Recipe, dataset: Dataset, processes: int) -> None:
+    """Refuse a batch of which a process would get no image, or one on which batch norm has nothing to normalise."""
     n = len(dataset.train.labels)
-    last = n % recipe.batch_size or min(n, recipe.batch_size)
-    if last == 1 and math.ceil(dataset.image_size / 8) == 1:
+    smallest = (n % recipe.batch_size or min(n, recipe.batch_size)) // processes
+    needed = 2 if math.ceil(dataset.image_size / 8) == 1 else 1  # values a channel; two are needed
+    if smallest < needed:
+        each = f" for each of {processes} processes" if processes > 1 else ""
         raise UserError(
-            f"--batch_size {recipe.batch_size} leaves one image of {n} for the last batch, too few for batch norm at "
-            f"{dataset.image_size}x{dataset.image_size} pixels; choose another --batch_size"
+            f"--batch_size {recipe.batch_size} leaves {smallest} of {n} images{each} in the last batch, too few for "
+            f"batch norm at {dataset.image_size}x{dataset.image_size} pixels; choose another --batch_size"
         )

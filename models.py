@@ -88,7 +88,7 @@ def folded(network: CifarResNet) -> CifarResNet:
         children = list(module.named_children())
         for (conv_name, conv), (bn_name, bn) in zip(children, children[1:], strict=False):
             # In torchvision's ResNets every batch norm directly follows its convolution in the order of definition.
-            if isinstance(conv, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d):
+            if isinstance(conv, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d | nn.SyncBatchNorm):
                 setattr(module, conv_name, fuse_conv_bn_eval(conv, bn))
                 setattr(module, bn_name, nn.Identity())
     return network.to(memory_format=torch.channels_last)

@@ -368,14 +368,11 @@ def top1_plot(rows: Rows) -> bytes:
         values = [run["test"]["top1"] for run in seeds.values()]
         mean, error = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0
         axes.barh(y, mean, height=0.66, color=_colour(job), xerr=error or None, error_kw={"capsize": 3})
-        end = mean + error
         if _has_reference(rows) and RECIPES[job].reference:
             reference = RECIPES[job].reference.top1
             axes.plot(reference, y, "D", color="white", markeredgecolor="black", markersize=6, zorder=4)
-            end = max(end, reference + 0.4)
-        # Right of all that the row draws; on white, because the student's line may pass behind it.
-        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
-        axes.annotate(_spread(values, ".2f"), (end, y), (6, 0), textcoords="offset points", va="center", bbox=box)
+        # In a column: beside a reference far from its bar, a value would pass for the reference's.
+        axes.text(0.99, y, _spread(values, ".2f"), transform=axes.get_yaxis_transform(), ha="right", va="center")
     if "student" in rows:
         axes.axvline(top1(rows, "student"), color=_colour("student"), linestyle="--", linewidth=1.2, label="student")
     if _has_reference(rows):
@@ -384,7 +381,7 @@ def top1_plot(rows: Rows) -> bytes:
         figure.legend(loc="outside lower right", ncols=2, frameon=False)
     axes.set_yticks(range(len(rows)), rows)
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_xlim(0, axes.get_xlim()[1] * 1.1)  # room for the values
+    axes.set_xlim(0, axes.get_xlim()[1] * 1.1)  # room for the column of values
     axes.set_xlabel("top-1 on the test images, %" + (", mean ± standard deviation" * _has_several_seeds(rows)))
     axes.set_title(_title(rows, "Top-1"))
     return _png(figure)
@@ -392,7 +389,7 @@ def top1_plot(rows: Rows) -> bytes:
 
 def curves_plot(rows: Rows) -> bytes:
     """curves.png: each row's training loss (its own objective) and training top-1 over the epochs."""
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogFormatter, MaxNLocator
 
     figure = _figure(height=9)
     upper, lower = figure.subplots(2, 1, sharex=True)
@@ -407,6 +404,8 @@ def curves_plot(rows: Rows) -> bytes:
             line = {"color": colour, "linestyle": style, "marker": marker, "markersize": 4, "linewidth": 1.6}
             axes.plot(range(1, len(points) + 1), points, **line, label=job if axes is upper else None)
     upper.set_yscale("log")
+    upper.yaxis.set_major_formatter("{x:g}")  # 0.1, not 10 to the -1
+    upper.yaxis.set_minor_formatter(LogFormatter())
     upper.set_ylabel("training loss, each row's own objective")
     lower.set_ylabel("training top-1, %")
     lower.set_xlabel("epoch")

@@ -9,20 +9,16 @@ first seed, and all students of all seeds are distilled from it.
 """
 
 import argparse
-import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import cli
-import data
 import files
 import jobs
 import report
 import runtime
 from jobs import Setup
 from recipes import RECIPES, Recipe
-from runtime import UserError
+from runtime import UserError, say
 from teacher import Teacher
 
 FULL_EPOCHS, FULL_STEP = RECIPES["student"].epochs, RECIPES["student"].scheduler_step
@@ -31,14 +27,14 @@ FULL_EPOCHS, FULL_STEP = RECIPES["student"].epochs, RECIPES["student"].scheduler
 def main() -> None:
     args = parse()
     hardware = runtime.choose(args.device, args.precision)
-    images = data.load(args.dataset, args.data_dir, args.image_size)
-    setup = cli.setup(args, images, hardware, seed=args.seeds[0], weights=args.weights, compile_mode=args.compile)
+    images = cli.load_data(args, hardware)
+    setup = cli.setup(args, images, hardware, seed=args.seeds[0], weights=args.weights, mode="resume")
     try:
         run_rows([scaled(RECIPES[job], args) for job in RECIPES if job in args.jobs], setup, args)
     finally:
-        if list(setup.results_dir.glob("*_seed*.json")):
+        if hardware.processes.main and list(setup.results_dir.glob("*_seed*.json")):
             for path in report.write(setup.results_dir):
-                print(f"wrote {path}", file=sys.stderr)
+                say(f"wrote {path}")
 
 
 def parse() -> argparse.Namespace:
@@ -64,6 +60,7 @@ def parse() -> argparse.Namespace:
     )
     cli.add_teacher_cache_flag(parser)
     cli.add_compile_flag(parser)
+    cli.add_sync_bn_flag(parser)
     cli.add_data_flags(parser)
     cli.add_results_flag(parser)
     return parser.parse_args()
@@ -108,44 +105,31 @@ def load_teacher(setup: Setup, cache: str, rows: list[Recipe]) -> Teacher:
 
 
 def run_once(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> None:
-    """Train and test the recipe, unless its result and its checkpoint are there already.
+    """Train and test the recipe, or go on with it, unless its result and its checkpoint are there already.
 
     Raises UserError where what is there comes from other settings: a table must not mix them.
     """
-    title = f"{recipe.job}, seed {setup.seed}"
-    result, weights = jobs.result_path(recipe, setup), setup.checkpoint_dir / f"{recipe.checkpoint}.pth"
-    if is_finished(result, weights, jobs.identity(recipe, setup, teacher)):
-        print(f"{title}: finished already", file=sys.stderr)
+    title, processes = f"{recipe.job}, seed {setup.seed}", setup.runtime.processes
+    # Asked and answered by the main process for all: it is the one that changes what is on the disk.
+    if processes.from_main(processes.main and is_finished(recipe, setup, teacher)):
+        say(f"{title}: finished already")
         return
-    if recipe.network == "teacher" and weights.exists():
-        others = " ".join(job for job in RECIPES if job != "teacher")
-        raise UserError(f"{weights} was not made here: move it away, or distil from it with --jobs {others}")
-    print(f"{title}: {recipe.epochs} epochs", file=sys.stderr)
+    say(f"{title}: {recipe.epochs} epochs")
     jobs.train(recipe, setup, teacher)
 
 
-def is_finished(result: Path, weights: Path, identity: dict) -> bool:
-    """Whether this very run is on the disk, its result and the checkpoint that the result is about."""
-    if not (result.exists() and weights.exists()):
+def is_finished(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> bool:
+    """jobs.is_finished, but not for a run that was begun. Raises UserError for a teacher that was not made here."""
+    if jobs.state_path(recipe, setup).exists():
         return False
-    found = json.loads(result.read_text())
-    for key, value in flat(identity).items():
-        there = flat(found).get(key)
-        if there != value:
-            raise UserError(
-                f"{result} comes from other settings ({key}: {there} there, {value} now); "
-                "choose another --results_dir and --checkpoint_dir, or delete it"
-            )
-    return found["checkpoint_sha256"] == files.sha256(weights)
-
-
-def flat(tree: dict, prefix: str = "") -> dict:
-    """Nested dicts as one, keys joined by dots."""
-    items = {}
-    for key, value in tree.items():
-        items |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return items
+    if jobs.is_finished(recipe, setup, teacher):
+        return True
+    weights = jobs.checkpoint_path(recipe, setup)
+    if recipe.network == "teacher" and weights.exists():
+        others = " ".join(job for job in RECIPES if job != "teacher")
+        raise UserError(f"{weights} was not made here: move it away, or distil from it with --jobs {others}")
+    return False
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, go_on=[])

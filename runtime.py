@@ -3,9 +3,13 @@
 import platform
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+
+import processes
+from processes import Processes
 
 
 class UserError(Exception):
@@ -16,12 +20,21 @@ class Diverged(Exception):
     """The loss or the weights became NaN or infinite. Scripts print it and exit with 1."""
 
 
+class Stopped(Exception):
+    """A signal asked to stop, and the run's state is saved. Scripts say how to go on and exit as the signal asks."""
+
+    def __init__(self, number: int, path: Path):
+        super().__init__(number, path)
+        self.number, self.path = number, path
+
+
 @dataclass(frozen=True)
 class Runtime:
-    """The device and the precision of the arithmetic: "bf16" (autocast, losses in float32) or "fp32"."""
+    """The device, the arithmetic's precision, "bf16" (autocast, losses in float32) or "fp32", and the processes."""
 
     device: torch.device
     precision: str
+    processes: Processes = field(default_factory=Processes)
 
     def autocast(self) -> torch.autocast:
         """The context to run networks in."""
@@ -38,17 +51,33 @@ def choose(device: str = "auto", precision: str = "auto") -> Runtime:
     """The runtime for --device auto|cpu|cuda and --precision auto|fp32|bf16.
 
     auto takes CUDA where there is one, and bf16 where the hardware computes in it. What is in float32 is plain float32,
-    never TF32. Raises UserError for cuda where there is none.
+    never TF32. Under torchrun each process of a machine takes a GPU of its own. Raises UserError for cuda where there
+    is none, or none left.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device is available here; use --device cpu, or auto")
-    chosen = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    chosen = _gpu() if device != "cpu" and torch.cuda.is_available() else torch.device("cpu")
     if precision == "auto":
         precision = "bf16" if _computes_in_bf16(chosen) else "fp32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     # cuDNN times its algorithms once for each shape: an epoch has two, the full batch and the last short one.
     torch.backends.cudnn.benchmark = True
-    return Runtime(chosen, precision)
+    return Runtime(chosen, precision, processes.join(chosen.type == "cuda"))
+
+
+def _gpu() -> torch.device:
+    """This process's GPU, with its number, so that it equals the device of the tensors on it."""
+    number, there = processes.local_rank(), torch.cuda.device_count()
+    if number >= there:
+        raise UserError(f"--nproc_per_node is {processes.local_size()}, but there are {there} GPUs; start one for each")
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
+
+
+def say(message: str) -> None:
+    """A line to the user, on stderr; of several processes on a machine only the first speaks."""
+    if processes.local_rank() == 0:
+        print(message, file=sys.stderr)
 
 
 def compiled(network: torch.nn.Module, shape: tuple[int, ...], runtime: Runtime) -> Callable[[torch.Tensor], object]:
@@ -64,7 +93,7 @@ def compiled(network: torch.nn.Module, shape: tuple[int, ...], runtime: Runtime)
             fast(images).logits.sum().backward()
     except Exception as error:  # a compiler can fail in any way
         reason = str(error).strip().partition("\n")[0]
-        print(f"torch.compile failed ({type(error).__name__}: {reason}); going on without it", file=sys.stderr)
+        say(f"torch.compile failed ({type(error).__name__}: {reason}); going on without it")
         fast = network
     finally:
         # The trial was none of the training's: its gradients and its batch norm statistics go.

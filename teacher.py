@@ -8,7 +8,6 @@ flipped or not); the logits of each are computed when it is first seen.
 import functools
 import hashlib
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,9 +17,9 @@ import torch
 import files
 from data import VIEWS, Batch, Batches
 from models import CifarResNet, Outputs, folded
-from runtime import Runtime, UserError, free_memory, inference_batch
+from runtime import Runtime, UserError, free_memory, inference_batch, say
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 
 
 class Teacher:
@@ -57,18 +56,25 @@ class Teacher:
     def source(self, batches: Batches, with_maps: bool) -> Callable[[Batch], Outputs]:
         """What gives this teacher's outputs fastest for these batches: remembered ones where they can be, else itself.
 
-        with_maps: whether feature maps are asked for, too. What is remembered is shared by all later calls.
+        with_maps: whether feature maps are asked for, too. What is remembered is shared by all later calls; of several
+        processes on a machine the first computes it.
         """
         if self.cache_dir is None:
             return self
         if not batches.augment:
             self.keep_maps = self.keep_maps or with_maps
             if self.remembered is None or (with_maps and self.remembered.maps is None):
-                self.remembered = Remembered.make(self, batches, self.cache_dir, self.keep_maps)
+                with self.runtime.processes.first_on_its_machine():
+                    self.remembered = Remembered.make(self, batches, self.cache_dir, self.keep_maps)
             return functools.partial(self.remembered, with_maps=with_maps) if self.remembered else self
-        if not with_maps and self.views is None and Views.size(self, batches) < free_memory(self.runtime.device) / 2:
+        if not with_maps and self.views is None and self._has_room_for_views(batches):
             self.views = Views(self, batches)
         return self if with_maps or self.views is None else self.views.of(batches)
+
+    def _has_room_for_views(self, batches: Batches) -> bool:
+        # Of several processes each would fill a table with what only the others use.
+        alone = self.runtime.processes.size == 1
+        return alone and Views.size(self, batches) < free_memory(self.runtime.device) / 2
 
 
 class Remembered:
@@ -107,13 +113,15 @@ class Remembered:
         shapes = cls._shapes(teacher, batches, with_maps)
         key = cls._key(teacher, batches)
         paths = {name: folder / f"{key}_{name}.npy" for name in shapes}
-        missing = {name: shapes[name] for name, path in paths.items() if not _is_whole(path, *shapes[name])}
         try:
-            if missing:
-                cls._write(teacher, batches, {name: (paths[name], *missing[name]) for name in missing})
-            return cls(teacher, paths)
-        except (UserError, OSError, ValueError) as error:  # no room; another process made room for its own
-            print(f"the teacher's outputs are not kept, it is run at every step ({error})", file=sys.stderr)
+            files.ensure_writable(folder, "--checkpoint_dir")
+            with files.locked(folder / ".lock", wait=True):  # two runs that start together compute it once
+                missing = {name: shapes[name] for name, path in paths.items() if not _is_whole(path, *shapes[name])}
+                if missing:
+                    cls._write(teacher, batches, {name: (paths[name], *missing[name]) for name in missing})
+                return cls(teacher, paths)
+        except (UserError, OSError, ValueError) as error:  # no room; another run made room for its own
+            say(f"the teacher's outputs are not kept, it is run at every step ({error})")
             return None
 
     @staticmethod
@@ -131,17 +139,15 @@ class Remembered:
         """Differs where the teacher's weights, the images, their normalisation or the arithmetic do."""
         runtime = teacher.runtime
         digest = hashlib.sha256(f"{CACHE_FORMAT} {teacher.sha256} {runtime.device.type} {runtime.precision}".encode())
-        for tensor in (batches.mean, batches.std, batches.images):
-            digest.update(tensor.cpu().numpy())
+        digest.update(batches.fingerprint().encode())
         return digest.hexdigest()[:32]
 
     @staticmethod
     def _write(teacher: Teacher, batches: Batches, wanted: dict[str, tuple[Path, tuple[int, ...], np.dtype]]) -> None:
         """One pass of the teacher over all images, into the files. Those of other teachers or data make room first."""
         folder = next(iter(wanted.values()))[0].parent
-        files.ensure_writable(folder, "--checkpoint_dir")
         key = next(iter(wanted.values()))[0].name.split("_")[0]
-        for old in folder.glob("*_*.npy"):
+        for old in [*folder.glob("*_*.npy"), *folder.glob(".*.tmp")]:  # the latter of a process that was killed
             if not old.name.startswith(key):
                 old.unlink(missing_ok=True)
         needed = sum(int(np.prod(shape)) * kind.itemsize for _, shape, kind in wanted.values())

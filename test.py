@@ -4,7 +4,6 @@ Example: python test.py --model_job teacher
 """
 
 import cli
-import data
 import jobs
 import runtime
 from recipes import RECIPES
@@ -17,7 +16,7 @@ def main(choices: tuple[str, ...] = tuple(RECIPES)) -> None:
     args = parser.parse_args()
 
     hardware = runtime.choose(args.device, "fp32" if args.precision == "auto" else args.precision)
-    images = data.load(args.dataset, args.data_dir, args.image_size)
+    images = cli.load_data(args, hardware)
     jobs.test(jobs.load_network(args.model_job, cli.checkpoint_dir(args), images), images, hardware)
 
 

@@ -7,7 +7,6 @@ Writes <checkpoint_dir>/resnet50.pth or resnet18.pth and <results_dir>/<job>_see
 """
 
 import cli
-import data
 import jobs
 import runtime
 from recipes import RECIPES
@@ -26,13 +25,11 @@ def main() -> None:
     if args.weights and args.model_job != "teacher":
         raise runtime.UserError("--weights: the student starts from random weights; leave the flag away")
     hardware = runtime.choose(args.device, args.precision)
-    images = data.load(args.dataset, args.data_dir, args.image_size)
+    images = cli.load_data(args, hardware)
     weights = args.weights or "imagenet"
-    setup = cli.setup(
-        args, images, hardware, seed=args.seed, augment=args.augment, compile_mode=args.compile, weights=weights
-    )
+    setup = cli.training_setup(args, images, hardware, weights=weights)
     jobs.train(recipe, setup)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, go_on=["--resume"])

@@ -9,7 +9,6 @@ Writes <checkpoint_dir>/<the recipe's checkpoint>.pth and <results_dir>/<job>_se
 from pathlib import Path
 
 import cli
-import data
 import jobs
 import runtime
 from recipes import RECIPES
@@ -37,12 +36,12 @@ def main() -> None:
 
     recipe = cli.override(RECIPES[args.model_job], args)
     hardware = runtime.choose(args.device, args.precision)
-    images = data.load(args.dataset, args.data_dir, args.image_size)
+    images = cli.load_data(args, hardware)
     path = args.teacher or cli.checkpoint_dir(args) / f"{RECIPES['teacher'].checkpoint}.pth"
     network = jobs.load_network("teacher", path.parent, images, path)
-    setup = cli.setup(args, images, hardware, seed=args.seed, augment=args.augment, compile_mode=args.compile)
+    setup = cli.training_setup(args, images, hardware)
     jobs.train(recipe, setup, jobs.make_teacher(network, path, setup, args.teacher_cache, [recipe]))
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, go_on=["--resume"])

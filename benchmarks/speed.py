@@ -167,7 +167,7 @@ class Bench:
 
     def our_test(self, recipe: Recipe, n: int) -> Callable[[], None]:
         network = models.build(recipe.network, self.dataset.num_classes).to(self.device)
-        batches = jobs.in_order(self.part(n), self.dataset, self.device)
+        batches = jobs.in_order(self.part(n), self.dataset, self.hardware)
         return lambda: engine.evaluate(network, batches, jobs.plain(self.hardware))
 
     def loader(self, n: int, shuffle: bool) -> DataLoader:
@@ -217,7 +217,7 @@ class Bench:
 
     def cache_pass(self, n: int) -> dict:
         """Seconds to make the teacher's cache, with maps, beside those of one pass of the teacher over the images."""
-        batches = jobs.in_order(self.part(n), self.dataset, self.device)
+        batches = jobs.in_order(self.part(n), self.dataset, self.hardware)
         teacher = self.teacher()
 
         def live() -> None:

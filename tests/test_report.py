@@ -46,7 +46,6 @@ def put(folder, job, top1, seed=0, dataset="cifar100", data=CIFAR, epochs=None, 
 
 def table(folder):
     """The table of RESULTS.md: job -> column -> cell."""
-    lines = [line.strip("| ").split(" | ") for line in report_text(folder).splitlines() if line.startswith("| ")]
     lines = [line.split("|") for line in report_text(folder).splitlines() if line.startswith("|")]
     titles, _, *rows = [[cell.strip() for cell in line[1:-1]] for line in lines]
     return {row[0]: dict(zip(titles, row, strict=True)) for row in rows}

@@ -1,0 +1,148 @@
+"""The processes of a run: one, or those that torchrun started, each of which works on its share of every batch.
+
+torchrun tells each process its rank through the environment. Tensors on the CPU travel by gloo, those on CUDA by nccl.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+# Long: a process may wait while another reads images or runs the teacher over them. One that dies is noticed at once.
+TIMEOUT = timedelta(hours=6)
+
+
+class Lost(Exception):
+    """Another process of the run is gone; this one can't go on alone."""
+
+
+def local_rank() -> int:
+    """This process's number on its machine, from 0. Only number 0 speaks to the user."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def local_size() -> int:
+    """How many processes of the run are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def restarted() -> bool:
+    """Whether torchrun started this process anew because one of the run had died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+class Processes:
+    """All processes of the run as seen from one of them; with one process, each method is next to nothing.
+
+    rank: this process, 0 ... size - 1. Number 0, `main`, is the one that writes. Methods must be called by all
+    processes, in the same order; they raise Lost where another process is gone.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1):
+        self.rank, self.size = rank, size
+        self._asked: tuple[torch.Tensor, dist.Work] | None = None
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: torch.Tensor) -> None:
+        """Replace the tensor by the sum over the processes."""
+        if self.size > 1:
+            with _losing():
+                dist.all_reduce(tensor)
+
+    def average_gradients(self, network: torch.nn.Module, share: float) -> None:
+        """Replace each gradient, of a mean over this process's part of a batch, by that over the whole batch.
+
+        share: the part of the batch's images that are this process's.
+        """
+        if self.size > 1:
+            gradients = [value.grad for value in network.parameters() if value.grad is not None]
+            self._sum_together(gradients, share)
+
+    def average_buffers(self, network: torch.nn.Module) -> None:
+        """Replace batch norm's running statistics by their mean over the processes."""
+        if self.size > 1:
+            self._sum_together([value for value in network.buffers() if value.is_floating_point()], 1 / self.size)
+
+    def _sum_together(self, tensors: list[torch.Tensor], weight: float) -> None:
+        """The weighted sum over the processes, in place, in one message."""
+        flat = torch.cat([tensor.flatten() for tensor in tensors]).mul_(weight)
+        self.sum(flat)
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(tensors, [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)])
+
+    def from_main(self, number: int) -> int:
+        """The number that the main process gives."""
+        told = torch.tensor(number)
+        if self.size > 1:
+            with _losing():
+                dist.broadcast(told, 0)
+        return int(told)
+
+    def highest(self, number: int) -> int:
+        """The highest of the processes' numbers."""
+        given = torch.tensor(number)
+        if self.size > 1:
+            with _losing():
+                dist.all_reduce(given, dist.ReduceOp.MAX)
+        return int(given)
+
+    def highest_before(self, number: int) -> int:
+        """`highest` of the call before this one, 0 at the first: nobody waits, as it travelled meanwhile."""
+        if self.size == 1:
+            return number
+        with _losing():
+            before = 0
+            if self._asked:
+                given, work = self._asked
+                work.wait()
+                before = int(given)
+            given = torch.tensor(number)
+            self._asked = given, dist.all_reduce(given, dist.ReduceOp.MAX, async_op=True)
+        return before
+
+    def wait(self) -> None:
+        """Go on when all have come here."""
+        self.highest(0)
+
+    @contextmanager
+    def first_on_its_machine(self) -> Iterator[None]:
+        """Let the first process of each machine do it (fetch, decode, compute), then the others (find it there)."""
+        if local_rank() > 0:
+            self.wait()
+        yield
+        if local_rank() == 0:
+            self.wait()
+
+
+@contextmanager
+def _losing() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # gloo's and nccl's errors are of many kinds, all of them RuntimeError
+        raise Lost(str(error).partition("\n")[0]) from error
+
+
+def join(cuda: bool) -> Processes:
+    """Join the processes that torchrun started; alone where it did not start any. Only the main one has a stdout."""
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1:
+        return Processes()
+    if not dist.is_initialized():
+        with _losing():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open as long as the process
+    return Processes(dist.get_rank(), size)
+
+
+def leave() -> None:
+    """Leave the others in good order, when all is done."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

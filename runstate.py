@@ -1,0 +1,224 @@
+"""The state of a run on the disk, so that a run that dies goes on: exactly where it was, mid-epoch too.
+
+A state is kept beside the checkpoint that the run will make (`resnet18.state`, and `resnet18.state.previous`, the one
+before), at every epoch, at least every five minutes, and when a signal asks to stop. It goes when the run is finished.
+"""
+
+import contextlib
+import hashlib
+import io
+import os
+import pickle
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import files
+from processes import Processes
+from runtime import Stopped, UserError, say
+
+MAGIC = b"run state 1\n"
+DIGEST = 64  # hex digits of a SHA-256
+EVERY = 300  # seconds
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+ONE_WISH = 1.0  # seconds within which a second signal is the first once more: from the terminal, and from torchrun
+SAVE = 1  # what a process wishes besides a signal's number, which are higher for all of SIGNALS
+
+State = dict[str, Any]
+
+
+def save(state: State, path: Path) -> None:
+    """Write the state, tensors and plain types, with its checksum; the one before is kept as <path>.previous.
+
+    Raises UserError where it can't be written; then what was there is as it was.
+    """
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    payload = buffer.getbuffer()
+    with files.replacing(path) as file:
+        file.write(MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n")
+        file.write(payload)
+        file.flush()
+        os.fsync(file.fileno())
+        if path.exists():
+            os.replace(path, previous(path))
+
+
+def previous(path: Path) -> Path:
+    """Where the state before the last one is."""
+    return path.with_name(path.name + ".previous")
+
+
+def load(path: Path) -> State:
+    """The state in the file, whole. Raises UserError for one that is damaged; nothing in a file is ever run."""
+    try:
+        content = path.read_bytes()
+        head = len(MAGIC) + DIGEST + 1
+        checksum = content[len(MAGIC) : head - 1]
+        payload = memoryview(content)[head:]
+        if content[: len(MAGIC)] != MAGIC or hashlib.sha256(payload).hexdigest().encode() != checksum:
+            raise ValueError("its checksum does not fit")
+        state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        before = previous(path)
+        advice = f"go on from the one before: mv {before} {path}" if before.exists() else "start over with --overwrite"
+        raise UserError(f"the run state {path} is damaged or can't be read ({_line(error)}); {advice}") from None
+    return state
+
+
+def _line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+class Keeper:
+    """Keeps the state of one run: its lock, its file, and the signals that ask to stop.
+
+    path: of the state; None keeps nothing. identity: what the run is, nested dicts of plain values; a state of another
+    identity is refused. figures: of the epochs that are done. Of several processes the main one writes.
+    """
+
+    def __init__(self, path: Path | None = None, identity: State | None = None, processes: Processes | None = None):
+        self.path, self.identity, self.processes = path, identity, processes or Processes()
+        self.state: State | None = None
+        self.figures: list[dict[str, float]] = []
+        self.heard, self.heard_at = 0, 0.0  # the signal that came to this process, and when
+        self.stop = 0  # the signal that all processes have agreed to follow
+        self.saved = time.monotonic()
+        self._writer = ThreadPoolExecutor(1)
+        self._written: Future | None = None
+
+    def begin(self, mode: str) -> None:
+        """mode: "new" refuses where a state is there, "resume" takes it where there is one, "overwrite" removes it.
+
+        Raises UserError for a state that is damaged, of other settings, or in the way.
+        """
+        if self.processes.main:
+            self._prepare(mode)
+        self.processes.wait()
+        if self.path.exists():
+            self.state = load(self.path)
+            refuse_difference(self.state["identity"], self.identity, self.path, "start over with --overwrite")
+            self.figures = self.state["figures"]
+
+    def _prepare(self, mode: str) -> None:
+        """Leave the state at its path if the run is to go on from it, and else nothing."""
+        files.remove_leftovers(self.path)
+        there = [path for path in (self.path, previous(self.path)) if path.exists()]
+        if mode == "overwrite":
+            self._remove()
+        elif there and mode == "new":
+            raise UserError(
+                f"{there[0]} is the state of a run that was not finished: go on with --resume, or start over with "
+                "--overwrite"
+            )
+        elif there and not self.path.exists():  # the run died between two renames
+            os.replace(previous(self.path), self.path)
+
+    def due(self) -> bool:
+        """Whether the state ought to be saved now: a signal came, or the last time is five minutes ago.
+
+        All processes get the same answer at the same step, and none waits for another.
+        """
+        if self.path is None:
+            return False
+        wish = self.heard or (SAVE if time.monotonic() - self.saved > EVERY else 0)
+        agreed = self.processes.highest_before(wish)
+        self.stop = agreed if agreed > SAVE else 0
+        return agreed > 0
+
+    def save(self, state: State) -> None:
+        """Save the state, tensors and plain types that nobody changes any more, while the run goes on.
+
+        Raises Stopped, once it is saved, where a signal asked to stop. A full disk costs a line on stderr, not the run;
+        only where it is to stop, UserError is raised.
+        """
+        if self.path is None:
+            return
+        self.saved = time.monotonic()
+        if self.processes.main:
+            self._finish_writing()
+            state = {**state, "identity": self.identity, "figures": list(self.figures)}
+            self._written = self._writer.submit(save, state, self.path)
+        if self.stop:
+            self._finish_writing()
+            self.processes.wait()
+            raise Stopped(self.stop, self.path)
+
+    def _finish_writing(self) -> None:
+        try:
+            if self._written:
+                self._written.result()
+        except UserError as error:
+            if self.stop:
+                raise
+            say(f"going on, but the run's state is not saved: {error}")
+        self._written = None
+
+    def finish(self) -> None:
+        """Remove the state: the run is finished."""
+        if self.processes.main:
+            self._finish_writing()
+            self._remove()
+        self.processes.wait()
+
+    def _remove(self) -> None:
+        for path in (self.path, previous(self.path)):
+            path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run's lock, so that no second run makes the same checkpoint. Raises UserError, says who does."""
+        if not self.processes.main:
+            yield
+            return
+        try:
+            with files.locked(self.path.with_name(f".{self.path.name}.lock")):
+                try:
+                    yield
+                finally:
+                    self._writer.shutdown()  # while the lock is held
+        except files.Locked as error:
+            raise UserError(f"{self.path.stem} is being made by another run ({error}); wait for it") from None
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take SIGTERM, SIGINT and SIGUSR1 as the wish to save the state and stop; a second one stops at once.
+
+        Raises Stopped where one came too late for a step to follow it.
+        """
+
+        def hear(number: int, frame: object) -> None:
+            if self.heard and time.monotonic() - self.heard_at > ONE_WISH:
+                raise KeyboardInterrupt
+            self.heard, self.heard_at = number, time.monotonic()
+
+        before = {number: signal.signal(number, hear) for number in SIGNALS}
+        try:
+            yield
+            if stop := self.processes.highest(self.heard):
+                raise Stopped(stop, self.path)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def refuse_difference(there: State, now: State, path: Path, advice: str) -> None:
+    """Raise UserError, naming the setting, where two identities differ."""
+    flat_there = flat(there)
+    for key, value in flat(now).items():
+        if flat_there.get(key) != value:
+            found = f"{key}: {flat_there.get(key)} there, {value} now"
+            raise UserError(f"{path} comes from other settings ({found}); {advice}")
+
+
+def flat(tree: State, prefix: str = "") -> State:
+    """Nested dicts as one, keys joined by dots."""
+    items = {}
+    for key, value in tree.items():
+        items |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return items

@@ -1,0 +1,245 @@
+"""Runs that die and go on: exactly, and never over another's work."""
+
+import os
+import random
+import re
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from test_scripts import EPOCH, refused
+
+import files
+import runstate
+from runtime import UserError
+
+# Big enough that a run can be hit in the middle of an epoch: 40 images, 5 batches an epoch.
+RUN = ["--epochs", 8, "--batch_size", 8, "--scheduler_step", 3]
+
+
+@pytest.fixture
+def folder(tmp_path, small_teacher):
+    path = tmp_path / "checkpoints"
+    path.mkdir()
+    shutil.copy(small_teacher, path / "resnet50.pth")
+    return path
+
+
+def undisturbed(process, args, path):
+    """The bytes of the checkpoint of a run that nothing disturbs."""
+    running = process(*args)
+    out, err = running.communicate(timeout=120)
+    assert running.returncode == 0, err
+    content = path.read_bytes()
+    path.unlink()
+    return content, out
+
+
+@pytest.mark.parametrize(
+    "script_and_job, name",
+    [
+        (["train.py", "--model_job", "student"], "resnet18"),
+        (["train_distillation.py", "--model_job", "distillation_LDH9", "--augment"], "Distilled_resnet18_LDH9"),
+    ],
+)
+def test_killed_at_random_and_resumed_the_weights_are_the_same(process, small, folder, script_and_job, name):
+    args = [*script_and_job, *small, "--checkpoint_dir", folder, *RUN]
+    expected, printed = undisturbed(process, args, folder / f"{name}.pth")
+    generator, kills, lines = random.Random(7), 0, []
+    for _ in range(40):
+        running = process(*args, "--resume")
+        if kills < 4:
+            lines.append(running.stdout.readline())  # its start and at least an epoch
+            time.sleep(generator.random() * 0.3)
+            running.kill()
+            kills += 1
+        out, err = running.communicate(timeout=120)
+        lines += out.splitlines(keepends=True)
+        if running.returncode == 0:
+            break
+    assert running.returncode == 0, err
+    assert (folder / f"{name}.pth").read_bytes() == expected
+    losses = dict(re.findall(r"Epoch \[(\d+)/8\], Train Loss: (\S+)", "".join(lines)))
+    assert losses == dict(re.findall(r"Epoch \[(\d+)/8\], Train Loss: (\S+)", printed))
+    assert not list(folder.glob("*.state*")) and not list(folder.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 0)])
+def test_a_signal_stops_in_mid_epoch(process, small, folder, number, code):
+    args = ["train.py", "--model_job", "student", *small, "--checkpoint_dir", folder, "--batch_size", 2, "--epochs", 3]
+    expected, _ = undisturbed(process, args, folder / "resnet18.pth")
+    running = process(*args)
+    assert re.match(EPOCH, running.stdout.readline())
+    time.sleep(0.05)
+    running.send_signal(number)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == code
+    assert "go on with: python" in err and "--resume" in err and "Traceback" not in err
+    state = runstate.load(folder / "resnet18.state")
+    assert state["position"]["epoch"] == 1 and state["position"]["iteration"] > 0
+    assert not (folder / "resnet18.pth").exists()
+    running = process(*args, "--resume")
+    out, err = running.communicate(timeout=60)
+    assert running.returncode == 0, err
+    assert (folder / "resnet18.pth").read_bytes() == expected and out.count("Epoch") == 2
+
+
+@pytest.fixture
+def stopped(script, small, folder, monkeypatch):
+    """A run that was stopped after its first epoch: its arguments."""
+    args = ["--model_job", "student", *small, "--checkpoint_dir", folder, *RUN]
+    save = runstate.Keeper.save
+
+    def stop(self, state):
+        self.stop = signal.SIGTERM
+        save(self, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runstate.Keeper, "save", stop)
+        assert script("train.py", *args).code == 143
+    return args
+
+
+def test_a_state_is_not_silently_overwritten(script, stopped, folder):
+    before = (folder / "resnet18.state").read_bytes()
+    refused(script("train.py", *stopped), "resnet18.state", "--resume", "--overwrite")
+    assert (folder / "resnet18.state").read_bytes() == before
+    ran = script("train.py", *stopped, "--overwrite")
+    assert ran.code == 0 and ran.out.count("Epoch") == 8
+
+
+@pytest.mark.parametrize(
+    "flags, word",
+    [
+        (["--epochs", 9], "recipe.epochs: 8 there, 9 now"),
+        (["--seed", 1], "seed: 0 there, 1 now"),
+        (["--learning_rate", 0.01], "recipe.learning_rate"),
+        (["--batch_size", 10], "recipe.batch_size"),
+        (["--augment"], "augment"),
+        (["--precision", "bf16"], "precision: fp32 there, bf16 now"),
+    ],
+)
+def test_a_state_of_other_settings_is_refused(script, stopped, folder, flags, word):
+    before = (folder / "resnet18.state").read_bytes()
+    refused(script("train.py", *stopped, *flags, "--resume"), word, "--overwrite")
+    assert (folder / "resnet18.state").read_bytes() == before
+
+
+def test_resume_without_a_state_starts_and_then_is_done(script, small, folder):
+    args = ["--model_job", "student", *small, "--checkpoint_dir", folder, "--epochs", 1, "--resume"]
+    assert script("train.py", *args).out.count("Epoch") == 1
+    ran = script("train.py", *args)
+    assert ran.code == 0 and "finished already" in ran.err and ran.out == ""
+
+
+def test_reproduce_goes_on_by_itself(process, small, folder):
+    args = ["reproduce.py", *small, "--checkpoint_dir", folder, "--jobs", "student", "distillation", "--epochs", 6]
+    args += ["--batch_size", 8]
+    expected, _ = undisturbed(process, args, folder / "resnet18.pth")
+    for path in [*folder.glob("D*.pth"), *(folder.parent / "results" / "folder").iterdir()]:
+        path.unlink()
+    running = process(*args)
+    running.stdout.readline()
+    running.kill()
+    running.communicate()
+    running = process(*args)
+    out, err = running.communicate(timeout=120)
+    assert running.returncode == 0 and "student: going on after" in err
+    assert (folder / "resnet18.pth").read_bytes() == expected
+
+
+def test_a_second_process_is_told_who_holds_the_run(process, script, small, folder):
+    args = ["train.py", "--model_job", "student", *small, "--checkpoint_dir", folder, "--epochs", 100000]
+    running = process(*args)
+    running.stdout.readline()
+    refused(script(*args), f"process {running.pid} on")
+    running.kill()
+    running.communicate()
+    refused(script(*args), "resnet18.state")  # the lock went with the process, its state did not
+
+
+# files
+
+
+@pytest.fixture
+def state_file(tmp_path):
+    path = tmp_path / "a.state"
+    for epoch in (1, 2):
+        runstate.save({"network": {"w": torch.arange(50.0)}, "position": {"epoch": epoch}}, path)
+    return path
+
+
+def test_a_state_comes_back_and_so_does_the_one_before(state_file):
+    assert runstate.load(state_file)["position"] == {"epoch": 2}
+    assert runstate.load(runstate.previous(state_file))["position"] == {"epoch": 1}
+
+
+def mutations(content, n):
+    """The content with bits flipped, bytes lost, doubled or replaced, n times over."""
+    generator = random.Random(0)
+    for _ in range(n):
+        mutant = bytearray(content)
+        for _ in range(generator.choice([1, 1, 3, 50])):
+            at, kind = generator.randrange(len(mutant)), generator.randrange(4)
+            if kind == 0:
+                mutant[at] ^= 1 << generator.randrange(8)
+            elif kind == 1:
+                del mutant[at : at + generator.choice([1, 10, 1000])]
+            elif kind == 2:
+                mutant[at:at] = mutant[at : at + generator.choice([1, 10, 1000])]
+            else:
+                mutant[at : at + 4] = generator.randbytes(4)
+            if not mutant:
+                break
+        if mutant != content:
+            yield bytes(mutant)
+
+
+def test_a_damaged_state_is_refused_and_the_one_before_offered(state_file):
+    content = state_file.read_bytes()
+    for mutant in [b"", content[:-1], content + b"x", *mutations(content, 3000)]:
+        state_file.write_bytes(mutant)
+        with pytest.raises(UserError, match="a.state is damaged .* mv .*a.state.previous"):
+            runstate.load(state_file)
+    runstate.previous(state_file).unlink()
+    with pytest.raises(UserError, match="--overwrite"):
+        runstate.load(state_file)
+
+
+def test_a_state_that_would_run_code_is_not_run(tmp_path, monkeypatch):
+    class Touch:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    runstate.save({"network": Touch()}, tmp_path / "a.state")
+    with pytest.raises(UserError, match="a.state is damaged"):
+        runstate.load(tmp_path / "a.state")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_dying_between_two_renames_loses_nothing(state_file):
+    os.replace(state_file, runstate.previous(state_file))
+    keeper = runstate.Keeper(state_file, {})
+    with pytest.raises(UserError, match="not finished"):
+        keeper.begin("new")
+    with pytest.raises(KeyError):  # this one has no identity; it was read
+        keeper.begin("resume")
+    assert state_file.exists()
+
+
+def test_a_full_disk_leaves_the_state_and_the_run_goes_on(script, small, folder, monkeypatch):
+    """Each time but the first the disk is full, as it shows when the file is flushed."""
+    synced, fsync = [], os.fsync
+
+    def full(handle):
+        synced.append(handle)
+        if len(synced) in range(3, 9):
+            raise OSError(28, "No space left on device")
+        fsync(handle)
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    ran = script("train.py", "--model_job", "student", *small, "--checkpoint_dir", folder, "--epochs", 4)
+    assert ran.code == 0 and "going on, but the run's state is not saved" in ran.err
+    assert "No space left on device" in ran.err and (folder / "resnet18.pth").exists()
