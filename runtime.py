@@ -34,7 +34,7 @@ class Runtime:
 
     device: torch.device
     precision: str
-    processes: Processes = field(default_factory=Processes)
+    processes: Processes = field(default_factory=Processes, compare=False)
 
     def autocast(self) -> torch.autocast:
         """The context to run networks in."""
