@@ -1,14 +1,18 @@
 """Runs that die and go on: exactly, and never over another's work."""
 
+import errno
 import os
 import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
+from conftest import ROOT
 from test_scripts import EPOCH, refused
 
 import files
@@ -86,6 +90,16 @@ def test_a_signal_stops_in_mid_epoch(process, small, folder, number, code):
     assert (folder / "resnet18.pth").read_bytes() == expected and out.count("Epoch") == 2
 
 
+def wait_for(path, running):
+    """Until the file is there, for 60 seconds at most."""
+    for _ in range(1200):
+        if path.exists():
+            return
+        assert running.poll() is None, running.communicate()
+        time.sleep(0.05)
+    raise AssertionError(f"{path} never came")
+
+
 @pytest.fixture
 def stopped(script, small, folder, monkeypatch):
     """A run that was stopped after its first epoch: its arguments."""
@@ -141,7 +155,7 @@ def test_reproduce_goes_on_by_itself(process, small, folder):
     for path in [*folder.glob("D*.pth"), *(folder.parent / "results" / "folder").iterdir()]:
         path.unlink()
     running = process(*args)
-    running.stdout.readline()
+    wait_for(folder / "resnet18.state", running)
     running.kill()
     running.communicate()
     running = process(*args)
@@ -153,7 +167,7 @@ def test_reproduce_goes_on_by_itself(process, small, folder):
 def test_a_second_process_is_told_who_holds_the_run(process, script, small, folder):
     args = ["train.py", "--model_job", "student", *small, "--checkpoint_dir", folder, "--epochs", 100000]
     running = process(*args)
-    running.stdout.readline()
+    wait_for(folder / "resnet18.state", running)
     refused(script(*args), f"process {running.pid} on")
     running.kill()
     running.communicate()
@@ -167,7 +181,8 @@ def test_a_second_process_is_told_who_holds_the_run(process, script, small, fold
 def state_file(tmp_path):
     path = tmp_path / "a.state"
     for epoch in (1, 2):
-        runstate.save({"network": {"w": torch.arange(50.0)}, "position": {"epoch": epoch}}, path)
+        state = {"network": {"w": torch.arange(50.0)}, "position": {"epoch": epoch}, "identity": {}, "figures": []}
+        runstate.save(state, path)
     return path
 
 
@@ -224,22 +239,70 @@ def test_dying_between_two_renames_loses_nothing(state_file):
     keeper = runstate.Keeper(state_file, {})
     with pytest.raises(UserError, match="not finished"):
         keeper.begin("new")
-    with pytest.raises(KeyError):  # this one has no identity; it was read
-        keeper.begin("resume")
-    assert state_file.exists()
+    keeper.begin("resume")
+    assert state_file.exists() and keeper.state["position"] == {"epoch": 2}
 
 
-def test_a_full_disk_leaves_the_state_and_the_run_goes_on(script, small, folder, monkeypatch):
-    """Each time but the first the disk is full, as it shows when the file is flushed."""
-    synced, fsync = [], os.fsync
+@pytest.fixture
+def failing(monkeypatch):
+    """Let no file whose name holds a word get to the disk any more, as if that were full, or read-only."""
+    fsync = os.fsync
 
-    def full(handle):
-        synced.append(handle)
-        if len(synced) in range(3, 9):
-            raise OSError(28, "No space left on device")
-        fsync(handle)
+    def start(word, number):
+        def fail(handle):
+            if word in os.readlink(f"/proc/self/fd/{handle}"):
+                raise OSError(number, os.strerror(number))
+            fsync(handle)
 
-    monkeypatch.setattr(files.os, "fsync", full)
-    ran = script("train.py", "--model_job", "student", *small, "--checkpoint_dir", folder, "--epochs", 4)
-    assert ran.code == 0 and "going on, but the run's state is not saved" in ran.err
-    assert "No space left on device" in ran.err and (folder / "resnet18.pth").exists()
+        monkeypatch.setattr(files.os, "fsync", fail)
+
+    yield start
+    monkeypatch.undo()
+
+
+def test_a_full_disk_does_not_stop_the_run(script, small, folder, failing):
+    failing(".state", errno.ENOSPC)
+    ran = script("train.py", "--model_job", "student", *small, "--checkpoint_dir", folder, "--epochs", 3)
+    assert ran.code == 0 and (folder / "resnet18.pth").exists()
+    assert "going on, but the run's state is not saved" in ran.err and "No space left on device" in ran.err
+    assert not list(folder.glob(".*"))
+
+
+def test_a_full_disk_leaves_the_state_as_it_was(state_file, failing):
+    before = state_file.read_bytes(), runstate.previous(state_file).read_bytes()
+    failing("a.state", errno.ENOSPC)
+    with pytest.raises(UserError, match="No space left on device; what was there is as it was"):
+        runstate.save({"position": {"epoch": 3}}, state_file)
+    assert (state_file.read_bytes(), runstate.previous(state_file).read_bytes()) == before
+    assert len(list(state_file.parent.iterdir())) == 2
+
+
+def test_a_folder_that_turns_read_only_costs_no_training(script, small, folder, failing, monkeypatch):
+    """The checkpoint can't be written at the end; when it can be again, nothing is trained once more."""
+    args = ["--model_job", "student", *small, "--checkpoint_dir", folder, "--epochs", 3]
+    failing(".pth", errno.EROFS)
+    ran = script("train.py", *args)
+    assert ran.code == 2 and "resnet18.pth: Read-only file system" in ran.err and ran.out.count("Epoch") == 3
+    failing("nothing", 0)
+    ran = script("train.py", *args, "--resume")
+    assert ran.code == 0 and "Epoch" not in ran.out and "Test Loss" in ran.out
+
+
+def test_what_a_killed_process_left_goes(script, small, folder):
+    for name in (".resnet18.state.abc.tmp", ".resnet18.pth.abc.tmp"):
+        (folder / name).write_bytes(b"half")
+    other = folder / ".Distilled_resnet18.pth.abc.tmp"  # which another run may be writing
+    other.write_bytes(b"half")
+    assert script("train.py", "--model_job", "student", *small, "--checkpoint_dir", folder, "--epochs", 1).code == 0
+    assert list(folder.glob(".*")) == [other]
+
+
+def test_a_lock_goes_with_its_process_even_if_a_child_lives_on(tmp_path):
+    """A worker process that outlives a killed run inherits its files, but must not hold its lock."""
+    code = "import files, os, pathlib, subprocess, sys, time\nwith files.locked(pathlib.Path('lock')):\n"
+    code += "    if os.fork() == 0: time.sleep(30)\n    os.kill(os.getpid(), 9)"
+    child = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    child.wait(timeout=60)
+    with files.locked(tmp_path / "lock"):
+        pass
+    assert not (tmp_path / "lock").exists()

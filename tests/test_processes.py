@@ -1,0 +1,177 @@
+"""Several processes compute what one computes, under torchrun, by gloo on the CPU."""
+
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import jobs
+import models
+from data import Batches, Split
+from processes import Processes
+from recipes import RECIPES
+from runtime import Runtime, UserError
+
+CPU = torch.device("cpu")
+HERE = Path(__file__).parent
+LOSS = re.compile(r"Epoch \[(\d+)/\d+\], Train Loss: (\S+)")
+
+
+@pytest.fixture
+def torchrun(tmp_path):
+    """Start a script as n processes, with changes (see as_processes.py)."""
+
+    def start(n, script, *args, changes="none", restarts=0, **options):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
+        command += [f"--max-restarts={restarts}", "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"]
+        command += [HERE / "as_processes.py", changes, script, *args]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
+        return subprocess.Popen([str(part) for part in command], **pipes, **options)
+
+    return start
+
+
+@pytest.fixture
+def finished(torchrun):
+    def run(*args, **options):
+        running = torchrun(*args, **options)
+        out, err = running.communicate(timeout=240)
+        assert running.returncode == 0, err
+        return out, err
+
+    return run
+
+
+def losses(out):
+    return {int(epoch): float(loss) for epoch, loss in LOSS.findall(out)}
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("job", ["student", "distillation_LDH"])
+def test_two_processes_train_as_one(finished, small, small_teacher, tmp_path, job):
+    """40 images in batches of 12: the last, short one is of 4, and its parts are of 2."""
+    script = "train.py" if job == "student" else "train_distillation.py"
+    args = [script, "--model_job", job, *small, "--epochs", 3, "--batch_size", 12]
+    args += [] if job == "student" else ["--teacher", small_teacher]
+    runs = {}
+    for n in (1, 2):
+        flags = ["--checkpoint_dir", tmp_path / str(n), "--results_dir", tmp_path / str(n)]
+        out, err = finished(n, *args, *flags, changes="frozen_bn")
+        assert out.count("Epoch") == 3 and out.count("Test Loss") == 1  # the main process alone speaks
+        runs[n] = losses(out)
+    assert runs[2] == pytest.approx(runs[1], rel=1e-5)
+    name = f"{RECIPES[job].checkpoint}.pth"
+    one, two = weights(tmp_path / "1" / name), weights(tmp_path / "2" / name)
+    start = models.build(RECIPES[job].network, 4).state_dict()
+    for key, value in one.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(two[key], value, rtol=1e-2, atol=2e-4)
+    assert not one["conv1.weight"].equal(start["conv1.weight"])
+    assert not list(tmp_path.glob("*/*.state*"))
+
+
+def test_testing_gives_exactly_the_same_figures(finished, tmp_path):
+    """297 digits are two batches, one for each of two processes, and none for the third of three."""
+    torch.manual_seed(0)
+    folder = tmp_path / "checkpoints" / "digits"
+    folder.mkdir(parents=True)
+    for kind, name in (("student", "resnet18"), ("feature_student", "Distilled_resnet18_LDH6")):
+        torch.save(models.build(kind, 10).state_dict(), folder / f"{name}.pth")
+    for script, job in (("test.py", "student"), ("test_LDH.py", "distillation_LDH6")):
+        printed = {n: finished(n, script, "--model_job", job, "--dataset", "digits")[0] for n in (1, 2, 3)}
+        assert "Top-1" in printed[1] and printed[1] == printed[2] == printed[3]
+
+
+def test_a_process_that_dies_is_started_anew_and_the_run_goes_on(finished, small, tmp_path):
+    """Killed in its third epoch of five steps; then the state of the second is there."""
+    args = ["train.py", "--model_job", "student", *small, "--epochs", 4, "--batch_size", 8]
+    outs = {}
+    for changes, restarts in (("none", 0), ("die", 1)):
+        flags = ["--checkpoint_dir", tmp_path / changes, "--results_dir", tmp_path / changes]
+        outs[changes], err = finished(2, *args, *flags, changes=changes, restarts=restarts)
+    assert "going on after 2 epochs" in err
+    assert losses(outs["die"]) == losses(outs["none"])
+    one, two = weights(tmp_path / "none" / "resnet18.pth"), weights(tmp_path / "die" / "resnet18.pth")
+    assert all(value.equal(two[key]) for key, value in one.items())
+
+
+def test_a_signal_stops_all_at_the_same_step(torchrun, small, tmp_path):
+    args = ["train.py", "--model_job", "student", *small, "--epochs", 1000, "--batch_size", 8]
+    running = torchrun(2, *args, "--checkpoint_dir", tmp_path)
+    running.stdout.readline()
+    running.send_signal(signal.SIGTERM)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode != 0 and "--resume" in err
+    assert (tmp_path / "resnet18.state").exists() and not (tmp_path / "resnet18.pth").exists()
+
+
+def test_a_users_mistake_is_one_line(torchrun, small, tmp_path):
+    running = torchrun(2, "train_distillation.py", *small, "--alpha", 7)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode != 0 and err.count("error: argument --alpha") == 1
+
+
+# parts
+
+
+class One(Processes):
+    """One of several, without the others."""
+
+    def sum(self, tensor):
+        pass
+
+
+def parts(digits, size, n=50, batch_size=16, **options):
+    split = Split(digits.train.images[:n], digits.train.labels[:n])
+    given = (Batches(split, digits.mean, digits.std, batch_size, CPU, processes=One(rank, size), **options)
+             for rank in range(size))  # fmt: skip
+    return [list(batches.epoch(2, 1)) for batches in given]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("augment", [False, True])
+def test_the_parts_of_a_batch_are_the_batch(digits, size, augment):
+    options = {"shuffle": True, "seed": 3, "augment": augment}
+    whole = parts(digits, 1, **options)[0]
+    split = parts(digits, size, **options)
+    for number, batch in enumerate(whole):
+        mine = [of_rank[number] for of_rank in split]
+        assert torch.cat([part.index for part in mine]).equal(batch.index)
+        assert torch.cat([part.images for part in mine]).equal(batch.images)
+        assert torch.cat([part.labels for part in mine]).equal(batch.labels)
+        assert sum(part.share for part in mine) == pytest.approx(1)
+        assert [part.share for part in mine] == [len(part.labels) / len(batch.labels) for part in mine]
+
+
+def test_in_order_each_image_is_given_once(digits):
+    indices = [batch.index for of_rank in parts(digits, 3) for batch in of_rank]
+    assert torch.cat(indices).sort().values.equal(torch.arange(16, 50))  # from batch 1 on
+    assert {len(index) for index in indices} == {16, 2}
+
+
+@pytest.mark.parametrize("processes, batch_size, words", [(8, 3, "for each of 8 processes"), (1, 39, "leaves 1 of 40")])
+def test_a_part_too_small_is_refused(processes, batch_size, words):
+    split = Split(torch.zeros(40, 8, 8, 3, dtype=torch.uint8), torch.zeros(40, dtype=torch.int64))
+    images = data.Dataset("folder", split, split, ("a",), (0.5,) * 3, (0.5,) * 3)
+    recipe = jobs.replace(RECIPES["student"], batch_size=batch_size)
+    setup = jobs.Setup(images, Runtime(CPU, "fp32", Processes(0, processes)), Path("x"), Path("x"))
+    with pytest.raises(UserError, match=words):
+        jobs.train(recipe, setup)
+
+
+def test_sync_batch_norm_keeps_the_keys_and_folds(scaled_like_trained):
+    network = scaled_like_trained(models.build("student", 4)).eval()
+    synced = torch.nn.SyncBatchNorm.convert_sync_batchnorm(models.build("student", 4))
+    synced.load_state_dict(network.state_dict())
+    folded = models.folded(synced)
+    assert not any(isinstance(module, torch.nn.SyncBatchNorm) for module in folded.modules())
+    images = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(folded(images).logits, network(images).logits, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,82 @@
+"""Images streamed from the disk are those of memory: same order, same pixels, same losses."""
+
+import re
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from test_scripts import refused
+
+import data
+from data import Batches
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def root(small, tmp_path):
+    """A copy of the small folder, to be changed."""
+    return shutil.copytree(small[3], tmp_path / "images")
+
+
+def both(root):
+    return data.load("folder", root, 8), data.load("folder", root, 8, stream=True)
+
+
+def test_the_data_set_is_the_same(root):
+    decoded, streamed = both(root)
+    assert isinstance(streamed.train.images, data.ImageFiles)
+    assert (streamed.mean, streamed.std) == (decoded.mean, decoded.std)
+    assert streamed.train.labels.equal(decoded.train.labels) and streamed.classes == decoded.classes
+    assert streamed.image_size == 8
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_the_batches_are_the_same(root, augment):
+    given = []
+    for images in both(root):
+        batches = Batches(images.train, images.mean, images.std, 12, CPU, shuffle=True, seed=4, augment=augment)
+        given.append([batch for epoch in (0, 1) for batch in batches.epoch(epoch, epoch)])
+    for one, other in zip(*given, strict=True):
+        assert one.images.equal(other.images) and one.labels.equal(other.labels) and one.index.equal(other.index)
+
+
+def test_a_script_trains_to_the_same_losses(script, small, small_teacher):
+    out = []
+    for flags in ([], ["--stream"]):
+        ran = script("train_distillation.py", "--model_job", "distillation_LDH5", *small, "--teacher", small_teacher,
+                     "--epochs", 2, "--batch_size", 16, "--checkpoint_dir", f"c{len(out)}", *flags)  # fmt: skip
+        assert ran.code == 0, ran.err
+        out.append(ran.out)
+    assert out[0] == out[1] and out[0].count("Epoch") == 2
+
+
+def test_streaming_is_chosen_where_memory_is_short_and_said(root, monkeypatch, capfd):
+    needed = (40 + 12) * 8 * 8 * 3
+    monkeypatch.setattr(data, "free_memory", lambda device: 2 * needed)
+    assert isinstance(data.load("folder", root, 8).train.images, torch.Tensor)
+    monkeypatch.setattr(data, "free_memory", lambda device: 2 * needed - 1)
+    assert isinstance(data.load("folder", root, 8).train.images, data.ImageFiles)
+    assert re.match(r"streaming: .*of memory .* are free\n$", capfd.readouterr().err)
+
+
+def test_the_mean_is_kept_and_measured_anew_when_an_image_changes(root, monkeypatch):
+    first = data.load("folder", root, 8, stream=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "_statistics", lambda parts: pytest.fail("measured again"))
+        assert data.load("folder", root, 8, stream=True).mean == first.mean
+    Image.new("RGB", (8, 8), "white").save(root / "train" / "class0" / "0.png")
+    second = data.load("folder", root, 8, stream=True)
+    assert second.mean > first.mean and second.mean == data.load("folder", root, 8).mean
+    assert second.train.images.key != first.train.images.key
+
+
+def test_an_unreadable_image_is_named(script, small, root):
+    (root / "train" / "class2" / "5.png").write_bytes(b"no image")
+    args = ["--model_job", "student", *small, "--data_dir", root, "--stream", "--epochs", 1]
+    refused(script("train.py", *args), "class2/5.png", "mend or remove it")
+
+
+def test_data_in_one_piece_is_not_streamed(script):
+    refused(script("train.py", "--model_job", "student", "--dataset", "digits", "--stream"), "--stream")
