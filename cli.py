@@ -44,6 +44,7 @@ def number(kind: type, text: str, allowed: Callable[[float], bool]) -> Callable[
 
 
 count = number(int, "a whole number of at least 1", lambda x: x >= 1)
+epoch_count = number(int, "a whole number from 1 to 100000", lambda x: 1 <= x <= 100_000)
 seed_number = number(int, "a whole number from 0 to 2^32 - 1", lambda x: 0 <= x < 2**32)
 positive = number(float, "a number above 0", lambda x: x > 0)
 weight = number(float, "a number of at least 0", lambda x: x >= 0)
@@ -83,7 +84,7 @@ def add_results_flag(parser: Parser) -> None:
 def add_training_flags(parser: Parser) -> None:
     """Flags that override a recipe's row for one run, and the seed."""
     group = parser.add_argument_group("training; without a flag the job's own row of recipes.py holds")
-    group.add_argument("--epochs", type=count)
+    group.add_argument("--epochs", type=epoch_count)
     group.add_argument("--learning_rate", type=positive)
     group.add_argument("--batch_size", type=count)
     group.add_argument("--scheduler_step", type=count, help="learning rate x0.1 every so many epochs")
@@ -142,7 +143,7 @@ def override(recipe: Recipe, args: argparse.Namespace) -> Recipe:
     if "T" in given and recipe.T is None:
         raise UserError(f"--T: the loss of {recipe.job} has no temperature; leave the flag away")
     for name in ("beta", "gamma"):
-        if given.get(name) and recipe.network != "feature_student":
+        if name in given and recipe.network != "feature_student":
             raise UserError(f"--{name}: {recipe.job} has no projector for a feature loss; use one of the LDH jobs")
     return replace(recipe, **given)
 

@@ -7,6 +7,7 @@ testing.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -34,7 +35,7 @@ DIGITS = Path(__file__).with_name("digits.npz")
 PADDING = 4  # of the random crop, in pixels
 OFFSETS = 2 * PADDING + 1  # of the crop's window, down and across
 VIEWS = OFFSETS * OFFSETS * 2  # and flipped or not
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 
 Statistics = tuple[float, float, float]  # one value for each of red, green and blue
 
@@ -94,6 +95,15 @@ class Dataset:
     @property
     def num_classes(self) -> int:
         return len(self.classes)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Differs where an image or a label does; of streamed images, where a file does."""
+        digest = hashlib.sha256()
+        for part in (self.train, self.test):
+            digest.update(part.images.numpy() if isinstance(part.images, torch.Tensor) else part.images.key.encode())
+            digest.update(part.labels.numpy())
+        return digest.hexdigest()[:32]
 
     @property
     def image_size(self) -> int:
@@ -451,13 +461,20 @@ def _decode(paths: list[Path], size: int) -> np.ndarray:
 
 
 def _read_image(path: Path, size: int) -> Image.Image:
-    """The image in RGB, scaled (Lanczos) to cover size x size and cut to it around its centre."""
+    """The image in RGB, upright, scaled (Lanczos) to cover size x size and cut to it around its centre."""
     try:
         with Image.open(path) as image:
-            rgb = image.convert("RGB")
+            rgb = ImageOps.exif_transpose(_in_8_bits(image)).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read the image {path}: {error}; mend or remove it") from None
     return rgb if rgb.size == (size, size) else ImageOps.fit(rgb, (size, size), Image.Resampling.LANCZOS)
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """Pillow cuts grey values of 16 bits off at 255 where it is not told to scale them."""
+    if not image.mode.startswith("I;16"):
+        return image
+    return Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
 
 
 def _read_cache(path: Path, key: str) -> dict[str, np.ndarray] | None:

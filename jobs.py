@@ -21,7 +21,7 @@ from data import Batch, Batches, Dataset, Split
 from files import remove_leftovers, sha256, write_json
 from recipes import RECIPES, Recipe
 from runstate import Keeper, refuse_difference
-from runtime import Runtime, UserError, compiled, inference_batch, say
+from runtime import Diverged, Runtime, UserError, compiled, inference_batch, say
 from teacher import Teacher
 
 COMPILE_PAYS = 20_000  # images of 32x32 pixels, all epochs taken together, from which on compiling a ResNet-50 pays
@@ -66,10 +66,17 @@ def train(recipe: Recipe, setup: Setup, teacher: Teacher | None = None) -> None:
         if setup.mode == "resume" and keeper.state is None and is_finished(recipe, setup, teacher):
             say(f"{recipe.job}, seed {setup.seed}: finished already")
             return
-        network = _trained(recipe, setup, teacher, keeper)
+        try:
+            network = _trained(recipe, setup, teacher, keeper)
+            figures = evaluate(network, setup.dataset, plain(setup.runtime))
+            if not math.isfinite(figures["mean_ce"]):  # the last step alone spoilt it
+                raise Diverged(f"training diverged: the Test Loss is {figures['test_loss']}")
+        except Diverged:
+            keeper.finish()  # such a run can't go on
+            raise
         if processes.main:
             checkpoint.save(network, checkpoint_path(recipe, setup))
-        figures = test(network, setup.dataset, plain(setup.runtime))
+        print_figures(figures)
         if processes.main:
             write_json(_result(recipe, setup, teacher, keeper.figures, figures), result_path(recipe, setup))
         keeper.finish()
@@ -191,12 +198,17 @@ def batch_loss(
 def test(network: models.CifarResNet, dataset: Dataset, runtime: Runtime) -> dict[str, float]:
     """Test the network on the data set's test images; print the figures and give them."""
     figures = evaluate(network, dataset, runtime)
+    print_figures(figures)
+    return figures
+
+
+def print_figures(figures: dict[str, float]) -> None:
+    """The lines of a test."""
     print(
         f"Test Loss: {figures['test_loss']:.8f}, Top-1 test Accuracy: {figures['top1']:.8f}%, "
         f"Top-5 test Accuracy: {figures['top5']:.8f}%"
     )
     print(f"Mean test cross-entropy: {figures['mean_ce']:.8f}", flush=True)
-    return figures
 
 
 def evaluate(network: models.CifarResNet, dataset: Dataset, runtime: Runtime) -> dict[str, float]:
@@ -250,6 +262,7 @@ def identity(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> dict:
             "test_images": len(dataset.test.labels),
             "classes": dataset.num_classes,
             "image_size": dataset.image_size,
+            "fingerprint": dataset.fingerprint,
         },
         "seed": setup.seed,
         "augment": setup.augment,

@@ -32,7 +32,11 @@ def local_size() -> int:
 
 def restarted() -> bool:
     """Whether torchrun started this process anew because one of the run had died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return _restarts() > 0
+
+
+def _restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 class Processes:
@@ -136,7 +140,12 @@ def join(cuda: bool) -> Processes:
         return Processes()
     if not dist.is_initialized():
         with _losing():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
+            store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+            # torchrun's store outlives a restart: without names of their own the processes would find the addresses
+            # of those before them there (https://github.com/pytorch/pytorch/issues/135712).
+            store = dist.PrefixStore(f"start {_restarts()}", store)
+            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open as long as the process
     return Processes(dist.get_rank(), size)

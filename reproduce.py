@@ -43,7 +43,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--jobs", nargs="+", choices=list(RECIPES), default=list(RECIPES), help="default: all thirteen")
     parser.add_argument("--seeds", nargs="+", type=cli.seed_number, default=[0], help="default: 0")
     parser.add_argument(
-        "--epochs", type=cli.count,
+        "--epochs", type=cli.epoch_count,
         help=f"of the rows of {FULL_EPOCHS} epochs; the others, and the scheduler's steps, in proportion",
     )  # fmt: skip
     parser.add_argument(

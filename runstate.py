@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import files
-from processes import Processes
+from processes import Processes, local_rank
 from runtime import Stopped, UserError, say
 
 MAGIC = b"run state 1\n"
@@ -195,6 +195,8 @@ class Keeper:
         def hear(number: int, frame: object) -> None:
             if self.heard and time.monotonic() - self.heard_at > ONE_WISH:
                 raise KeyboardInterrupt
+            if not self.heard and local_rank() == 0:
+                os.write(2, b"\nstopping after this batch; once more to stop at once\n")  # print might be interrupted
             self.heard, self.heard_at = number, time.monotonic()
 
         before = {number: signal.signal(number, hear) for number in SIGNALS}

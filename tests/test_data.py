@@ -1,5 +1,6 @@
 """Data sets, batches, views: from files of the real formats, without a network."""
 
+import dataclasses
 import hashlib
 import os
 import pickle
@@ -371,3 +372,26 @@ def test_an_unreadable_image_is_named(tree, content):
     with pytest.raises(UserError, match=f"cannot read the image {image}"):
         data.load("folder", tree)
     assert not (tree / ".decoded_32.npz").exists()
+
+
+def test_a_grey_image_of_16_bits_is_scaled(tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(np.full((8, 8), 20000, np.uint16)).save(path)
+    assert np.asarray(data._read_image(path, 8)).flatten().tolist() == [77] * 192  # 20000 / 257
+
+
+def test_a_rotated_photograph_is_upright(tmp_path):
+    path, image = tmp_path / "a.png", Image.new("RGB", (8, 8))
+    image.putpixel((0, 0), (255, 0, 0))
+    image.getexif()[0x0112] = 6  # the camera was turned: show it by 90 degrees clockwise
+    image.save(path, exif=image.getexif())
+    assert np.asarray(data._read_image(path, 8))[0, 7].tolist() == [255, 0, 0]
+
+
+def test_a_change_of_one_pixel_or_label_is_another_data_set(digits):
+    images, labels = digits.test.images.clone(), digits.test.labels.clone()
+    images[0, 0, 0, 0] ^= 1
+    labels[0] ^= 1
+    others = [data.Split(images, digits.test.labels), data.Split(digits.test.images, labels)]
+    prints = {dataclasses.replace(digits, test=test).fingerprint for test in [digits.test, *others]}
+    assert len(prints) == 3

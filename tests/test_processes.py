@@ -59,7 +59,7 @@ def weights(path):
 def test_two_processes_train_as_one(finished, small, small_teacher, tmp_path, job):
     """40 images in batches of 12: the last, short one is of 4, and its parts are of 2."""
     script = "train.py" if job == "student" else "train_distillation.py"
-    args = [script, "--model_job", job, *small, "--epochs", 3, "--batch_size", 12]
+    args = [script, "--model_job", job, *small, "--epochs", 3, "--batch_size", 12, "--learning_rate", 1e-4]
     args += [] if job == "student" else ["--teacher", small_teacher]
     runs = {}
     for n in (1, 2):

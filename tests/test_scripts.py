@@ -185,8 +185,9 @@ BAD_FLAGS = [
     (["--T", "0"], "--T: 0 is not a number above 0"),
     (["--T=-2"], "--T"),
     (["--T", "inf"], "--T"),
-    (["--epochs", "0"], "--epochs: 0 is not a whole number of at least 1"),
+    (["--epochs", "0"], "--epochs: 0 is not a whole number from 1 to 100000"),
     (["--epochs", "1.5"], "--epochs"),
+    (["--epochs", "2000000000"], "--epochs"),
     (["--batch_size", "0"], "--batch_size"),
     (["--scheduler_step", "0"], "--scheduler_step"),
     (["--learning_rate", "0"], "--learning_rate: 0 is not a number above 0"),
@@ -197,6 +198,7 @@ BAD_FLAGS = [
     (["--model_job", "distillation_LDH9", "--alpha", "0.5"], "scheduled (per iteration)"),
     (["--model_job", "distillation_LDH5", "--T", "2"], "--T", "no temperature"),
     (["--beta", "0.5"], "--beta", "no projector"),
+    (["--gamma", "0"], "--gamma", "no projector"),
     (["--teacher", "nowhere.pth"], "nowhere.pth does not exist", "python train.py --model_job teacher"),
     (["--data_dir", "nowhere"], "nowhere"),
     (["--image_size", "4"], "--image_size 4 is too small"),
@@ -259,7 +261,7 @@ def test_no_cuda(script, ready):
 
 def test_a_batch_of_one_image(script, ready):
     ran = script("train.py", "--model_job", "student", *ready, "--batch_size", 39)
-    refused(ran, "--batch_size 39 leaves one image of 40")
+    refused(ran, "--batch_size 39 leaves 1 of 40 images")
 
 
 def test_divergence_leaves_the_checkpoint_as_it_was(script, ready, tmp_path):
@@ -271,6 +273,17 @@ def test_divergence_leaves_the_checkpoint_as_it_was(script, ready, tmp_path):
 
 
 # as processes
+
+
+def test_a_last_step_that_spoils_all_writes_nothing(script, ready, tmp_path):
+    """One step: its loss is that of before, and the weights after it are huge, but finite."""
+    student = tmp_path / "checkpoints" / "resnet18.pth"
+    student.write_bytes(b"the last good one")
+    args = ["train.py", "--model_job", "student", *ready, "--epochs", 1, "--batch_size", 40, "--learning_rate", 1e30]
+    ran = script(*args)
+    assert ran.code == 1 and "diverged" in ran.err and "Test Loss:" not in ran.out
+    assert student.read_bytes() == b"the last good one"
+    assert written(tmp_path / "checkpoints") == ["resnet18.pth", "resnet50.pth"]
 
 
 def test_interrupt(process, ready, tmp_path):
