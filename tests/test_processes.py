@@ -57,9 +57,9 @@ def weights(path):
 
 @pytest.mark.parametrize("job", ["student", "distillation_LDH"])
 def test_two_processes_train_as_one(finished, small, small_teacher, tmp_path, job):
-    """40 images in batches of 12: the last, short one is of 4, and its parts are of 2."""
+    """40 images in batches of 11, whose parts are of 6 and 5; those of the last, short one of 4 and 3."""
     script = "train.py" if job == "student" else "train_distillation.py"
-    args = [script, "--model_job", job, *small, "--epochs", 3, "--batch_size", 12, "--learning_rate", 1e-4]
+    args = [script, "--model_job", job, *small, "--epochs", 3, "--batch_size", 11, "--learning_rate", 1e-4]
     args += [] if job == "student" else ["--teacher", small_teacher]
     runs = {}
     for n in (1, 2):
