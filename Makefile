@@ -9,7 +9,7 @@ BIN := .venv/bin
 .PHONY: demo test lint clean
 
 demo: .venv/installed
-	$(BIN)/python reproduce.py --dataset digits --weights none --epochs 5 --batch_size 64
+	$(BIN)/python reproduce.py --dataset digits --weights none --epochs 4 --batch_size 64
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
