@@ -55,11 +55,11 @@ def weights(path):
     return torch.load(path, weights_only=True)
 
 
-@pytest.mark.parametrize("job", ["student", "distillation_LDH"])
-def test_two_processes_train_as_one(finished, small, small_teacher, tmp_path, job):
-    """40 images in batches of 11, whose parts are of 6 and 5; those of the last, short one of 4 and 3."""
+@pytest.mark.parametrize("job, batch_size", [("student", 12), ("distillation_LDH", 11)])
+def test_two_processes_train_as_one(finished, small, small_teacher, tmp_path, job, batch_size):
+    """40 images in batches of 12, the last of 4; or of 11, whose parts are of 6 and 5, and of the last of 4 and 3."""
     script = "train.py" if job == "student" else "train_distillation.py"
-    args = [script, "--model_job", job, *small, "--epochs", 3, "--batch_size", 11, "--learning_rate", 1e-4]
+    args = [script, "--model_job", job, *small, "--epochs", 3, "--batch_size", batch_size, "--learning_rate", 1e-4]
     args += [] if job == "student" else ["--teacher", small_teacher]
     runs = {}
     for n in (1, 2):
