@@ -41,7 +41,7 @@ def save(state: State, path: Path) -> None:
     torch.save(state, buffer)
     payload = buffer.getbuffer()
     with files.replacing(path) as file:
-        file.write(MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n")
+        file.write(_head(payload))
         file.write(payload)
         file.flush()
         os.fsync(file.fileno())
@@ -58,10 +58,8 @@ def load(path: Path) -> State:
     """The state in the file, whole. Raises UserError for one that is damaged; nothing in a file is ever run."""
     try:
         content = path.read_bytes()
-        head = len(MAGIC) + DIGEST + 1
-        checksum = content[len(MAGIC) : head - 1]
-        payload = memoryview(content)[head:]
-        if content[: len(MAGIC)] != MAGIC or hashlib.sha256(payload).hexdigest().encode() != checksum:
+        payload = memoryview(content)[len(MAGIC) + DIGEST + 1 :]
+        if content[: len(content) - len(payload)] != _head(payload):
             raise ValueError("its checksum does not fit")
         state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -69,6 +67,10 @@ def load(path: Path) -> State:
         advice = f"go on from the one before: mv {before} {path}" if before.exists() else "start over with --overwrite"
         raise UserError(f"the run state {path} is damaged or can't be read ({_line(error)}); {advice}") from None
     return state
+
+
+def _head(payload: memoryview) -> bytes:
+    return MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n"
 
 
 def _line(error: Exception) -> str:
