@@ -24,8 +24,6 @@ from runstate import Keeper, refuse_difference
 from runtime import Diverged, Runtime, UserError, compiled, inference_batch, say
 from teacher import Teacher
 
-COMPILE_PAYS = 20_000  # images of 32x32 pixels, all epochs taken together, from which on compiling a ResNet-50 pays
-
 
 @dataclass(frozen=True)
 class Setup:
@@ -121,7 +119,7 @@ def _trained(recipe: Recipe, setup: Setup, teacher: Teacher | None, keeper: Keep
         dataset.train, dataset.mean, dataset.std, recipe.batch_size, device,
         shuffle=True, seed=setup.seed, augment=setup.augment, processes=processes,
     )  # fmt: skip
-    loss = batch_loss(recipe, forward_of(network, batches, setup.runtime, setup.compile_mode, recipe), teacher, batches)
+    loss = batch_loss(recipe, forward_of(network, batches, setup.runtime, setup.compile_mode), teacher, batches)
     if keeper.state:
         at = keeper.state["position"]
         say(f"{recipe.job}: going on after {at['epoch']} epochs and {at['iteration']} batches")
@@ -163,18 +161,16 @@ def is_finished(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> bool:
 
 
 def forward_of(
-    network: models.CifarResNet, batches: Batches, runtime: Runtime, compile_mode: str, recipe: Recipe
+    network: models.CifarResNet, batches: Batches, runtime: Runtime, compile_mode: str
 ) -> Callable[[torch.Tensor], models.Outputs]:
     """What to call for the network's outputs in training: the network, or it compiled, on the very same weights.
 
-    "auto" compiles where that was measured to pay: a ResNet-50 in bf16 on a CPU, where it trains 1.4x as fast, once the
-    run is longer than the compilation. A ResNet-18 gains nothing there.
+    "auto" compiles where that was measured to pay for itself, so far nowhere: on a CPU neither network gains by it, and
+    on CUDA it is still to be measured.
     """
-    work = recipe.epochs * batches.n_images * (batches.size / 32) ** 2
-    pays = runtime.device.type == "cpu" and runtime.precision == "bf16" and recipe.network == "teacher"
-    if compile_mode == "off" or (compile_mode == "auto" and not (pays and work > COMPILE_PAYS)):
+    if compile_mode != "on":
         return network
-    images = recipe.batch_size // runtime.processes.size
+    images = batches.batch_size // runtime.processes.size
     return compiled(network, (images, 3, batches.size, batches.size), runtime)
 
 

@@ -1,5 +1,6 @@
 """What a run runs on: device, precision, seed; and the exceptions that end a script with one line."""
 
+import ctypes
 import platform
 import sys
 from collections.abc import Callable
@@ -62,7 +63,23 @@ def choose(device: str = "auto", precision: str = "auto") -> Runtime:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     # cuDNN times its algorithms once for each shape: an epoch has two, the full batch and the last short one.
     torch.backends.cudnn.benchmark = True
+    if chosen.type == "cpu":
+        keep_freed_memory()
     return Runtime(chosen, precision, processes.join(chosen.type == "cuda"))
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed blocks for what is allocated next, by whichever thread.
+
+    Else it gives large blocks back to the system at once, and every step has all pages of its activations cleared and
+    mapped in again. Does nothing where the C library is another one.
+    """
+    trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # of glibc's malloc.h
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 2**31 - 1)
+        mallopt(arena_max, 1)  # in the arenas of further threads, as of the backward pass, no large block can be kept
 
 
 def _gpu() -> torch.device:

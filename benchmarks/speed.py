@@ -1,4 +1,4 @@
-"""How fast this project is, beside a textbook loop on the same images in the same process.
+"""How fast this project is, beside a textbook loop on the same images.
 
     python benchmarks/speed.py --dataset folder --data_dir my_images
 
@@ -7,21 +7,24 @@ alternating repeats; the share of the roofline; peak memory; and how seconds and
 and of students. Writes speed.json, RESULTS.md and speed.png beside itself.
 """
 
+import argparse
 import ctypes
 import json
+import multiprocessing
 import resource
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 HERE = Path(__file__).resolve().parent
@@ -46,36 +49,41 @@ TASKS = {
     "logit distillation": ("distillation", 1),
     "feature distillation": ("distillation_LDH6", 1),
     "testing": ("student", 2),
+    "testing, --precision bf16": ("student", 2),
 }
 BATCH = 256
 
 
 def main() -> None:
     args = parse()
-    hardware = runtime.choose(args.device, args.precision)
-    dataset = data.load(args.dataset, args.data_dir, args.image_size)
-    images = args.images or (len(dataset.train.labels) if hardware.device.type == "cuda" else 512)
-    with tempfile.TemporaryDirectory(dir=HERE) as folder:
-        bench = Bench(dataset, hardware, Path(folder), args.compile)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), begin_textbook, (args,)) as elsewhere,
+    ):
+        ours = Ours(args, Path(folder))
+        images = args.images or (len(ours.dataset.train.labels) if ours.device.type == "cuda" else 512)
         measured = {
-            "dataset": f"{dataset.name}, {dataset.image_size}x{dataset.image_size}, {dataset.num_classes} classes",
-            "device": hardware.describe(),
-            "precision": hardware.precision,
+            "dataset": f"{ours.dataset.name}, {ours.dataset.image_size}x{ours.dataset.image_size}, "
+            f"{ours.dataset.num_classes} classes",
+            "device": ours.hardware.describe(),
+            "precision": ours.hardware.precision,
             "torch": torch.__version__,
             "command": " ".join(["benchmarks/speed.py", *sys.argv[1:]]),
             "repeats": args.repeats,
-            "peaks": peaks(hardware),
-            "tasks": {name: bench.compare(name, job, int(images * share), args.repeats)
-                      for name, (job, share) in TASKS.items()},
-            "cache": bench.cache_pass(images),
-            "by_images": {str(k): bench.distil(k * images, 1) for k in (1, 2, 4)},
-            "by_students": {str(k): bench.distil(images, k) for k in (1, 2, 4)},
-        }  # fmt: skip
+            "peaks": peaks(ours.hardware),
+            "tasks": {
+                name: compare(ours, elsewhere, name, int(images * share), args.repeats)
+                for name, (_, share) in TASKS.items()
+            },
+            "cache": ours.cache_pass(images),
+            "by_images": {str(k): ours.distil(k * images, 1) for k in (1, 2, 4)},
+            "by_students": {str(k): ours.distil(images, k) for k in (1, 2, 4)},
+        }
     (HERE / "speed.json").write_text(json.dumps(measured, indent=1) + "\n")
     write_results()
 
 
-def parse():
+def parse() -> argparse.Namespace:
     """The command line."""
     parser = cli.Parser(description="Time this project beside a textbook loop.")
     parser.add_argument("--images", type=cli.count, help="in a repeat; default: 512 on a CPU, all on CUDA")
@@ -83,6 +91,147 @@ def parse():
     cli.add_compile_flag(parser)
     cli.add_data_flags(parser)
     return parser.parse_args()
+
+
+def compare(ours: "Ours", elsewhere: Executor, name: str, n: int, repeats: int) -> dict:
+    """Seconds of both, in turn, after one run of each that shows its memory and does not count.
+
+    elsewhere: a process of the textbook loop's own, which waits meanwhile: the scripts set how memory is allocated, and
+    a textbook's does not.
+    """
+    runs: dict[str, list[float]] = {"ours": [], "textbook": []}
+    memory = {"ours": ours.first(name, n), "textbook": elsewhere.submit(first_textbook, name, n).result()}
+    for _ in range(repeats):
+        runs["ours"].append(ours.again(name))
+        runs["textbook"].append(elsewhere.submit(textbook_again, name).result())
+    print(f"{name}, seconds: {runs}", file=sys.stderr)
+    rate = {label: n / statistics.median(seconds) for label, seconds in runs.items()}
+    network, precision = RECIPES[TASKS[name][0]].network, ours.precision(name)
+    operations, moved = work(network, ours.dataset, not name.startswith("testing"), precision)
+    return {
+        "images": n,
+        "seconds": runs,
+        "rate": rate,
+        "ratio": rate["ours"] / rate["textbook"],
+        "memory": memory,
+        "flop_per_image": operations,
+        "bytes_per_image": moved,
+        "precision": precision,
+    }
+
+
+class Side:
+    """One of the two that are compared, on the same images, networks and recipes."""
+
+    def __init__(self, args: argparse.Namespace, hardware: Runtime):
+        self.hardware, self.device, self.compile_mode = hardware, hardware.device, args.compile
+        self.dataset = data.load(args.dataset, args.data_dir, args.image_size)
+        torch.manual_seed(0)
+        self.teacher_network = self.build("teacher")
+        self.ready: dict[str, Callable[[], None]] = {}
+
+    def build(self, network: str) -> models.CifarResNet:
+        return models.build(network, self.dataset.num_classes).to(self.device)
+
+    def part(self, n: int) -> Split:
+        """The first n training images, over and over where there are fewer."""
+        index = torch.arange(n) % len(self.dataset.train.labels)
+        return Split(self.dataset.train.images[index], self.dataset.train.labels[index])
+
+    def task(self, name: str, n: int) -> Callable[[], None]:
+        """What runs a task once on n images."""
+        recipe = RECIPES[TASKS[name][0]]
+        return self.test(recipe, n, name) if name.startswith("testing") else self.training(recipe, n)
+
+    def first(self, name: str, n: int) -> int:
+        """Run a task for the first time; give the highest memory, in bytes."""
+        self.ready[name] = self.task(name, n)
+        return self.measured(self.ready[name])[1]
+
+    def again(self, name: str) -> float:
+        """Seconds of the task once more."""
+        return self.seconds(self.ready[name])
+
+    def seconds(self, run: Callable[[], None]) -> float:
+        started = time.perf_counter()
+        run()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    def measured(self, run: Callable[[], None]) -> tuple[float, int]:
+        """Seconds of the run, from an empty memory, and the highest memory during it, in bytes."""
+        reset_peak(self.device)
+        return self.seconds(run), peak_memory(self.device)
+
+
+class Ours(Side):
+    """This project, as its scripts run."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path):
+        """folder: of the teacher's cache."""
+        super().__init__(args, runtime.choose(args.device, args.precision))
+        self.folder = folder
+
+    def precision(self, name: str) -> str:
+        return "fp32" if name == "testing" else self.hardware.precision
+
+    def batches(self, n: int, **options) -> Batches:
+        return Batches(self.part(n), self.dataset.mean, self.dataset.std, BATCH, self.device, **options)
+
+    def teacher(self) -> Teacher:
+        return Teacher(self.teacher_network, self.hardware, "benchmark", 0.0, self.folder)
+
+    def training(self, recipe: Recipe, n: int) -> Callable[[], None]:
+        """One epoch as jobs.train runs it; the teacher's outputs are there already."""
+        network = self.build(recipe.network).to(memory_format=torch.channels_last)
+        batches = self.batches(n, shuffle=True)
+        teacher = self.teacher() if recipe.distils else None
+        forward = jobs.forward_of(network, batches, self.hardware, self.compile_mode)
+        loss = jobs.batch_loss(recipe, forward, teacher, batches)
+        return lambda: list(engine.fit(network, batches, loss, lambda epoch: 1e-3, 1, self.hardware, recipe.job))
+
+    def test(self, recipe: Recipe, n: int, name: str) -> Callable[[], None]:
+        network, batches = self.build(recipe.network), jobs.in_order(self.part(n), self.dataset, self.hardware)
+        hardware = replace(self.hardware, precision=self.precision(name))
+        return lambda: engine.evaluate(network, batches, hardware)
+
+    def cache_pass(self, n: int) -> dict:
+        """Seconds to make the teacher's cache, with maps, beside those of one pass of the teacher over the images."""
+        batches = jobs.in_order(self.part(n), self.dataset, self.hardware)
+        teacher = self.teacher()
+
+        def live() -> None:
+            for batch in batches.epoch(0):
+                teacher(batch)
+
+        live()
+        seconds, making = [], []
+        for _ in range(3):
+            seconds.append(self.seconds(live))
+            self.forget()
+            making.append(self.seconds(lambda: self.teacher().source(batches, True)))
+        return {"images": n, "pass": statistics.median(seconds), "making": statistics.median(making)}
+
+    def distil(self, n: int, students: int) -> dict:
+        """Seconds and memory of distilling students one after another, one epoch each, the teacher's cache included."""
+        self.forget()
+        recipe = RECIPES["distillation_LDH6"]
+
+        def run() -> None:
+            teacher = self.teacher()
+            for _ in range(students):
+                network = self.build(recipe.network).to(memory_format=torch.channels_last)
+                batches = self.batches(n, shuffle=True)
+                loss = jobs.batch_loss(recipe, network, teacher, batches)
+                list(engine.fit(network, batches, loss, lambda epoch: 1e-3, 1, self.hardware, recipe.job))
+
+        seconds, memory = self.measured(run)
+        return {"images": n, "students": students, "seconds": seconds, "memory": memory}
+
+    def forget(self) -> None:
+        for path in self.folder.iterdir():
+            path.unlink()
 
 
 class PerImage(Dataset):
@@ -99,86 +248,20 @@ class PerImage(Dataset):
         return self.transform(Image.fromarray(self.images[index])), self.labels[index]
 
 
-class Bench:
-    """The same images, networks and recipes for this project and for the textbook loop."""
+class Textbook(Side):
+    """As tutorials do: a DataLoader, fp32, the teacher at every step, .item() at every step."""
 
-    def __init__(self, dataset: data.Dataset, hardware: Runtime, folder: Path, compile_mode: str):
-        self.dataset, self.hardware, self.folder, self.compile_mode = dataset, hardware, folder, compile_mode
-        self.device = hardware.device
-        torch.manual_seed(0)
-        self.teacher_network = models.build("teacher", dataset.num_classes).to(self.device)
-
-    def part(self, n: int) -> Split:
-        """The first n training images, over and over where there are fewer."""
-        index = torch.arange(n) % len(self.dataset.train.labels)
-        return Split(self.dataset.train.images[index], self.dataset.train.labels[index])
-
-    def batches(self, n: int, **options) -> Batches:
-        return Batches(self.part(n), self.dataset.mean, self.dataset.std, BATCH, self.device, **options)
-
-    def teacher(self) -> Teacher:
-        return Teacher(self.teacher_network, self.hardware, "benchmark", 0.0, self.folder)
-
-    def compare(self, name: str, job: str, n: int, repeats: int) -> dict:
-        """Seconds of both, in turn, after one run of each that does not count."""
-        recipe = RECIPES[job]
-        ours = self.our_test(recipe, n) if name == "testing" else self.our_training(recipe, n)
-        theirs = self.textbook_test(recipe, n) if name == "testing" else self.textbook_training(recipe, n)
-        runs: dict[str, list[float]] = {"ours": [], "textbook": []}
-        memory = {}
-        for repeat in range(repeats + 1):
-            for label, run in (("ours", ours), ("textbook", theirs)):
-                seconds, peak = self.timed(run)
-                if repeat:
-                    runs[label].append(seconds)
-                    memory[label] = max(peak, memory.get(label, 0))
-            print(f"{name}, repeat {repeat}: {seconds:.1f} s the textbook's", file=sys.stderr)
-        rate = {label: n / statistics.median(seconds) for label, seconds in runs.items()}
-        operations, moved = work(recipe.network, self.dataset, name != "testing")
-        return {
-            "images": n,
-            "seconds": runs,
-            "rate": rate,
-            "ratio": rate["ours"] / rate["textbook"],
-            "memory": memory,
-            "flop_per_image": operations,
-            "bytes_per_image": moved,
-            "precision": "fp32" if name == "testing" else self.hardware.precision,
-        }
-
-    def timed(self, run: Callable[[], None]) -> tuple[float, int]:
-        """Seconds of the run and the highest memory during it, in bytes."""
-        reset_peak(self.device)
-        started = time.perf_counter()
-        run()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started, peak_memory(self.device)
-
-    def our_training(self, recipe: Recipe, n: int) -> Callable[[], None]:
-        """One epoch as jobs.train runs it; the teacher's outputs are there already."""
-        network = models.build(recipe.network, self.dataset.num_classes)
-        network = network.to(self.device, memory_format=torch.channels_last)
-        batches = self.batches(n, shuffle=True)
-        teacher = self.teacher() if recipe.distils else None
-        forward = jobs.forward_of(network, batches, self.hardware, self.compile_mode, recipe)
-        loss = jobs.batch_loss(recipe, forward, teacher, batches)
-        return lambda: list(engine.fit(network, batches, loss, lambda epoch: 1e-3, 1, self.hardware, recipe.job))
-
-    def our_test(self, recipe: Recipe, n: int) -> Callable[[], None]:
-        network = models.build(recipe.network, self.dataset.num_classes).to(self.device)
-        batches = jobs.in_order(self.part(n), self.dataset, self.hardware)
-        return lambda: engine.evaluate(network, batches, jobs.plain(self.hardware))
+    def __init__(self, args: argparse.Namespace):
+        name = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+        super().__init__(args, Runtime(torch.device(name), "fp32"))
+        self.teacher_network.eval().requires_grad_(False)
 
     def loader(self, n: int, shuffle: bool) -> DataLoader:
         images = PerImage(self.part(n), self.dataset.mean, self.dataset.std)
         return DataLoader(images, BATCH, shuffle=shuffle, num_workers=2, pin_memory=self.device.type == "cuda")
 
-    def textbook_training(self, recipe: Recipe, n: int) -> Callable[[], None]:
-        """As tutorials do: a DataLoader, fp32, the teacher at every step, .item() at every step."""
-        network = models.build(recipe.network, self.dataset.num_classes).to(self.device)
-        teacher = self.teacher_network.eval().requires_grad_(False)
-        loader, objective = self.loader(n, True), losses.objective(recipe)
+    def training(self, recipe: Recipe, n: int) -> Callable[[], None]:
+        network, loader, objective = self.build(recipe.network), self.loader(n, True), losses.objective(recipe)
         optimiser = torch.optim.Adam(network.parameters(), lr=1e-3)
 
         def epoch() -> None:
@@ -189,7 +272,7 @@ class Bench:
                 targets = None
                 if recipe.distils:
                     with torch.no_grad():
-                        targets = teacher(images)
+                        targets = self.teacher_network(images)
                 loss = objective(network(images), targets, labels, 0.7)["loss"]
                 optimiser.zero_grad()
                 loss.backward()
@@ -198,9 +281,8 @@ class Bench:
 
         return epoch
 
-    def textbook_test(self, recipe: Recipe, n: int) -> Callable[[], None]:
-        network = models.build(recipe.network, self.dataset.num_classes).to(self.device).eval()
-        loader = self.loader(n, False)
+    def test(self, recipe: Recipe, n: int, name: str) -> Callable[[], None]:
+        network, loader = self.build(recipe.network).eval(), self.loader(n, False)
 
         def test() -> None:
             total, top1, top5 = 0.0, 0, 0
@@ -215,66 +297,51 @@ class Bench:
 
         return test
 
-    def cache_pass(self, n: int) -> dict:
-        """Seconds to make the teacher's cache, with maps, beside those of one pass of the teacher over the images."""
-        batches = jobs.in_order(self.part(n), self.dataset, self.hardware)
-        teacher = self.teacher()
 
-        def live() -> None:
-            for batch in batches.epoch(0):
-                teacher(batch)
-
-        live()
-        seconds = self.timed(live)[0]
-        self.forget()
-        making = self.timed(lambda: self.teacher().source(batches, True))[0]
-        return {"images": n, "pass": seconds, "making": making}
-
-    def distil(self, n: int, students: int) -> dict:
-        """Seconds and memory of distilling students one after another, one epoch each, the teacher's cache included."""
-        self.forget()
-        recipe = RECIPES["distillation_LDH6"]
-
-        def run() -> None:
-            teacher = self.teacher()
-            for _ in range(students):
-                network = models.build(recipe.network, self.dataset.num_classes)
-                network = network.to(self.device, memory_format=torch.channels_last)
-                batches = self.batches(n, shuffle=True)
-                loss = jobs.batch_loss(recipe, network, teacher, batches)
-                list(engine.fit(network, batches, loss, lambda epoch: 1e-3, 1, self.hardware, recipe.job))
-
-        seconds, memory = self.timed(run)
-        return {"images": n, "students": students, "seconds": seconds, "memory": memory}
-
-    def forget(self) -> None:
-        for path in self.folder.iterdir():
-            path.unlink()
+_textbook: Textbook  # of the textbook loop's own process
 
 
-def work(network: str, dataset: data.Dataset, training: bool) -> tuple[float, float]:
+def begin_textbook(args: argparse.Namespace) -> None:
+    global _textbook
+    multiprocessing.set_start_method(None, force=True)  # the loader's workers start as they do in any script
+    _textbook = Textbook(args)
+
+
+def first_textbook(name: str, n: int) -> int:
+    return _textbook.first(name, n)
+
+
+def textbook_again(name: str) -> float:
+    return _textbook.again(name)
+
+
+def work(network: str, dataset: data.Dataset, training: bool, precision: str) -> tuple[float, float]:
     """Floating-point operations and the fewest bytes moved for one image, by what the convolutions must do.
 
-    Bytes: each convolution reads its input and writes its output once (all else fused into it), in half precision when
-    training and in float32 when testing; its backward pass does so twice, once for each gradient. Weights count
-    nothing, as a batch shares them.
+    Operations: those on pixels, not on the zeros around them; a backward pass is twice a forward pass, but for the
+    first convolution, whose input needs no gradient. Bytes: each convolution reads its input and writes its output once
+    (all else fused into it); its backward pass does so twice, once for each gradient. Weights count nothing, as a batch
+    shares them.
     """
-    side, batch = dataset.image_size, 4
-    model, images = models.build(network, dataset.num_classes), torch.randn(4, 3, side, side)
-    moved = 0
+    side = dataset.image_size
+    model = models.build(network, dataset.num_classes).eval()
+    operations, moved = 0.0, 0
 
-    def count(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        nonlocal moved
+    def count(conv: torch.nn.Conv2d, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        nonlocal operations, moved
+        _, channels, height, width = inputs[0].shape
+        ones, kernel = torch.ones(1, 1, height, width), torch.ones(1, 1, *conv.kernel_size)
+        taps = F.conv2d(ones, kernel, None, conv.stride, conv.padding)
+        passes = 1 if not training else 2 if channels == 3 else 3
+        operations += passes * 2 * taps.sum().item() * channels * conv.out_channels
         moved += inputs[0].numel() + output.numel()
 
     for module in model.modules():
         if isinstance(module, torch.nn.Conv2d):
             module.register_forward_hook(count)
-    with FlopCounterMode(display=False) as counter:
-        logits = model.train(training)(images).logits
-        if training:
-            logits.sum().backward()
-    return counter.get_total_flops() / batch, (3 * 2 if training else 4) * moved / batch
+    with torch.no_grad():
+        model(torch.zeros(1, 3, side, side))
+    return operations, (3 if training else 1) * (2 if precision == "bf16" else 4) * moved
 
 
 def peaks(hardware: Runtime) -> dict[str, float]:
@@ -352,14 +419,15 @@ def speed_section(measured: dict) -> list[str]:
         "## Speed",
         f"    python {measured['command']}",
         f"{measured['dataset']}; {measured['device']}; {measured['precision']}; torch {measured['torch']}; batches of "
-        f"{BATCH}; medians of {measured['repeats']} alternating repeats in one process. The textbook loop: a "
-        "torchvision data set, ToTensor and Normalize per image, a DataLoader with two workers, fp32, the teacher at "
-        "every step, `.item()` at every step. Distilling is with the teacher's cache being there; testing is in fp32 "
-        "on both sides. Memory: the highest resident, or on CUDA allocated, during the task.",
+        f"{BATCH}; medians of {measured['repeats']} alternating repeats. The textbook loop, in a process of its own that "
+        "waits meanwhile: a torchvision data set, ToTensor and Normalize per image, a DataLoader with two workers, "
+        "fp32, the teacher at every step, `.item()` at every step. Distilling is with the teacher's cache being there. "
+        "The scripts test in fp32 unless told otherwise. Memory: the highest resident, or on CUDA allocated, during a "
+        "first run.",
         "\n".join(rows),
         f"Measured on the spot: {peak['bf16'] / 1e9:,.0f} GFLOP/s in bf16, {peak['fp32'] / 1e9:,.0f} in fp32 (a matrix "
-        f"product), {peak['bytes'] / 1e9:,.0f} GB/s (a copy). The roofline counts what the convolutions must do, with "
-        "all else fused into them; for distilling, the student's part alone.",
+        f"product), {peak['bytes'] / 1e9:,.0f} GB/s (a copy). The roofline counts what the convolutions must do, on "
+        "pixels and not on the zeros around them, with all else fused into them; for distilling, the student's part.",
         f"The teacher's cache, logits and maps of {cache['images']:,} images: {cache['making']:.1f} s, beside "
         f"{cache['pass']:.1f} s of one pass of the teacher ({cache['making'] / cache['pass']:.2f}x).",
         "Distilling (distillation_LDH6), one epoch a student, the teacher's cache made anew each time and included:",
