@@ -11,6 +11,7 @@ import argparse
 import ctypes
 import json
 import multiprocessing
+import platform
 import resource
 import statistics
 import sys
@@ -96,8 +97,8 @@ def parse() -> argparse.Namespace:
 def compare(ours: "Ours", elsewhere: Executor, name: str, n: int, repeats: int) -> dict:
     """Seconds of both, in turn, after one run of each that shows its memory and does not count.
 
-    elsewhere: a process of the textbook loop's own, which waits meanwhile: the scripts set how memory is allocated, and
-    a textbook's does not.
+    elsewhere: a process of the textbook loop's own, as the scripts set how memory is allocated and a textbook's does
+    not. Each waits while the other runs, and holds no memory that the other would have had alone.
     """
     runs: dict[str, list[float]] = {"ours": [], "textbook": []}
     memory = {"ours": ours.first(name, n), "textbook": elsewhere.submit(first_textbook, name, n).result()}
@@ -146,11 +147,16 @@ class Side:
     def first(self, name: str, n: int) -> int:
         """Run a task for the first time; give the highest memory, in bytes."""
         self.ready[name] = self.task(name, n)
-        return self.measured(self.ready[name])[1]
+        memory = self.measured(self.ready[name])[1]
+        release(self.device)
+        return memory
 
     def again(self, name: str) -> float:
-        """Seconds of the task once more."""
-        return self.seconds(self.ready[name])
+        """Seconds of the task once more, as in the course of a long run: after one that does not count."""
+        self.ready[name]()
+        seconds = self.seconds(self.ready[name])
+        release(self.device)
+        return seconds
 
     def seconds(self, run: Callable[[], None]) -> float:
         started = time.perf_counter()
@@ -255,6 +261,10 @@ class Textbook(Side):
         name = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
         super().__init__(args, Runtime(torch.device(name), "fp32"))
         self.teacher_network.eval().requires_grad_(False)
+
+    def again(self, name: str) -> float:
+        """Seconds of the task once more; it keeps no memory from one step to the next, so nothing comes before."""
+        return self.seconds(self.ready[name])
 
     def loader(self, n: int, shuffle: bool) -> DataLoader:
         images = PerImage(self.part(n), self.dataset.mean, self.dataset.std)
@@ -369,11 +379,19 @@ def fastest(run: Callable[[], object], device: torch.device) -> float:
     return min(times)
 
 
+def release(device: torch.device) -> None:
+    """Give what was freed back, so that it is neither the next task's nor kept from another process."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def reset_peak(device: torch.device) -> None:
+    release(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     elif sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed before is not this task's
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is resident now
 
 
@@ -419,9 +437,9 @@ def speed_section(measured: dict) -> list[str]:
         "## Speed",
         f"    python {measured['command']}",
         f"{measured['dataset']}; {measured['device']}; {measured['precision']}; torch {measured['torch']}; batches of "
-        f"{BATCH}; medians of {measured['repeats']} alternating repeats. The textbook loop, in a process of its own that "
-        "waits meanwhile: a torchvision data set, ToTensor and Normalize per image, a DataLoader with two workers, "
-        "fp32, the teacher at every step, `.item()` at every step. Distilling is with the teacher's cache being there. "
+        f"{BATCH}; medians of {measured['repeats']} alternating repeats. The textbook loop, in a process that waits "
+        "meanwhile: a torchvision data set, ToTensor and Normalize per image, a DataLoader with two workers, fp32, the "
+        "teacher at every step, `.item()` at every step. Distilling is with the teacher's cache being there. "
         "The scripts test in fp32 unless told otherwise. Memory: the highest resident, or on CUDA allocated, during a "
         "first run.",
         "\n".join(rows),
