@@ -47,10 +47,7 @@ def main() -> None:
         "command": " ".join(["benchmarks/accuracy.py", *sys.argv[1:]]),
         "standard_error": 100 * math.sqrt(p * (1 - p) / n),
         "jobs": {
-            job: {
-                mode: [{"top1": run["test"]["top1"], "seconds": run["seconds"]} for run in runs[mode][number]]
-                for mode in MODES
-            }
+            job: {mode: [{"top1": run["test"]["top1"]} for run in runs[mode][number]] for mode in MODES}
             for number, job in enumerate(JOBS)
         },
     }
