@@ -46,8 +46,8 @@ def number(kind: type, text: str, allowed: Callable[[float], bool]) -> Callable[
 count = number(int, "a whole number of at least 1", lambda x: x >= 1)
 epoch_count = number(int, "a whole number from 1 to 100000", lambda x: 1 <= x <= 100_000)
 seed_number = number(int, "a whole number from 0 to 2^32 - 1", lambda x: 0 <= x < 2**32)
-positive = number(float, "a number above 0", lambda x: x > 0)
-weight = number(float, "a number of at least 0", lambda x: x >= 0)
+positive = number(float, "a finite number above 0", lambda x: x > 0)
+weight = number(float, "a finite number of at least 0", lambda x: x >= 0)
 fraction = number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
 
 
