@@ -34,12 +34,13 @@ def test_the_data_set_is_the_same(root):
 
 @pytest.mark.parametrize("augment", [False, True])
 def test_the_batches_are_the_same(root, augment):
-    given = []
+    given, random = [], torch.get_rng_state()
     for images in both(root):
         batches = Batches(images.train, images.mean, images.std, 12, CPU, shuffle=True, seed=4, augment=augment)
         given.append([batch for epoch in (0, 1) for batch in batches.epoch(epoch, epoch)])
     for one, other in zip(*given, strict=True):
         assert one.images.equal(other.images) and one.labels.equal(other.labels) and one.index.equal(other.index)
+    assert torch.get_rng_state().equal(random)  # to read images is not to draw from the run's own numbers
 
 
 def test_a_script_trains_to_the_same_losses(script, small, small_teacher):
