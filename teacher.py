@@ -162,7 +162,10 @@ class Remembered:
                 outputs = teacher(batch)
                 values = {"logits": outputs.logits, "maps": outputs.layer4.permute(0, 2, 3, 1)}
                 for name, (_, _, kind) in wanted.items():
-                    sinks[name].write(values[name].float().cpu().numpy().astype(kind).tobytes())
+                    value = values[name].float().cpu()
+                    if value.abs().max() > np.finfo(kind).max:
+                        raise UserError(f"some of its {name} are too large for {kind}")
+                    sinks[name].write(value.numpy().astype(kind).tobytes())
 
 
 def _is_whole(path: Path, shape: tuple[int, ...], kind: np.dtype) -> bool:

@@ -161,6 +161,20 @@ def test_without_room_the_teacher_is_run_live(digits, make, monkeypatch, capfd):
     assert "has no room" in err and len(err.splitlines()) == 1
 
 
+def test_maps_too_large_for_half_precision_are_not_kept(digits, make, monkeypatch, capfd, tmp_path):
+    call = Teacher.__call__
+
+    def huge(self, batch):
+        outputs = call(self, batch)
+        return outputs._replace(layer4=outputs.layer4 * 1e9)
+
+    monkeypatch.setattr(Teacher, "__call__", huge)
+    teacher = make(precision="bf16")
+    assert teacher.source(batches_of(digits), with_maps=True) is teacher
+    assert "maps are too large for float16" in capfd.readouterr().err
+    assert not list((tmp_path / "cache").glob("*.npy"))
+
+
 def test_a_cache_turned_off_is_off(digits, network):
     teacher = Teacher(network, Runtime(CPU, "fp32"), "sha", 50.0)
     assert teacher.source(batches_of(digits), True) is teacher
