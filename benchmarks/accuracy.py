@@ -46,8 +46,8 @@ def main() -> None:
         "device": f"{first['device']}, {first['precision']} and {runs['plain'][0][0]['precision']}",
         "command": " ".join(["benchmarks/accuracy.py", *sys.argv[1:]]),
         "standard_error": 100 * math.sqrt(p * (1 - p) / n),
-        "jobs": {
-            job: {mode: [{"top1": run["test"]["top1"]} for run in runs[mode][number]] for mode in MODES}
+        "top1": {
+            job: {mode: [run["test"]["top1"] for run in runs[mode][number]] for mode in MODES}
             for number, job in enumerate(JOBS)
         },
     }
