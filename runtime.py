@@ -69,17 +69,16 @@ def choose(device: str = "auto", precision: str = "auto") -> Runtime:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed blocks for what is allocated next, by whichever thread.
+    """Let glibc keep freed blocks for what is allocated next.
 
     Else it gives large blocks back to the system at once, and every step has all pages of its activations cleared and
     mapped in again. Does nothing where the C library is another one.
     """
-    trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # of glibc's malloc.h
+    trim_threshold, mmap_threshold = -1, -3  # of glibc's malloc.h
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(mmap_threshold, 2**31 - 1)
-        mallopt(arena_max, 1)  # in the arenas of further threads, as of the backward pass, no large block can be kept
 
 
 def _gpu() -> torch.device:
