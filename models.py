@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from convolution import Conv3x3
+
 TEACHER_MAP = 2048  # channels of the teacher's last feature map
 STUDENT_MAP = 512  # and of the student's
 
@@ -38,6 +40,7 @@ class CifarResNet(ResNet):
         self.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
         self.maxpool = nn.Identity()
         self.fc = nn.Linear(self.fc.in_features, num_classes)
+        Conv3x3.replace_all(self)
 
     def classify(self, layer4: torch.Tensor) -> torch.Tensor:
         """Logits (B, classes) of a last feature map.
