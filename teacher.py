@@ -46,6 +46,7 @@ class Teacher:
         self.network = folded(network).to(runtime.device)
         self.runtime, self.sha256, self.top1, self.cache_dir = runtime, sha256, top1, cache_dir
         self.remembered: Remembered | None = None
+        self.tried: bool | None = None  # to remember outputs; with maps or without
         self.views: Views | None = None
 
     @torch.no_grad()
@@ -62,14 +63,21 @@ class Teacher:
         if self.cache_dir is None:
             return self
         if not batches.augment:
-            self.keep_maps = self.keep_maps or with_maps
-            if self.remembered is None or (with_maps and self.remembered.maps is None):
+            if self.tried is None or (with_maps and not self.tried):
                 with self.runtime.processes.first_on_its_machine():
-                    self.remembered = Remembered.make(self, batches, self.cache_dir, self.keep_maps)
-            return functools.partial(self.remembered, with_maps=with_maps) if self.remembered else self
+                    self._remember(batches, with_maps or self.keep_maps)
+            lacks = self.remembered is None or (with_maps and self.remembered.maps is None)
+            return self if lacks else functools.partial(self.remembered, with_maps=with_maps)
         if not with_maps and self.views is None and self._has_room_for_views(batches):
             self.views = Views(self, batches)
         return self if with_maps or self.views is None else self.views.of(batches)
+
+    def _remember(self, batches: Batches, with_maps: bool) -> None:
+        """Logits and, if with_maps, maps, in one pass; where maps can't be kept, logits alone. Tried but once."""
+        self.tried = with_maps
+        self.remembered = Remembered.make(self, batches, self.cache_dir, with_maps)
+        if self.remembered is None and with_maps:
+            self.remembered = Remembered.make(self, batches, self.cache_dir, False)
 
     def _has_room_for_views(self, batches: Batches) -> bool:
         # Of several processes each would fill a table with what only the others use.
@@ -108,7 +116,7 @@ class Remembered:
     def make(cls, teacher: Teacher, batches: Batches, folder: Path, with_maps: bool) -> "Remembered | None":
         """Open what is on the disk for this very teacher, data and precision; compute and write what is not.
 
-        None, and a line on stderr, where that can't be written: the teacher is then run live.
+        None, and a line on stderr, where that can't be written.
         """
         shapes = cls._shapes(teacher, batches, with_maps)
         key = cls._key(teacher, batches)
@@ -121,7 +129,7 @@ class Remembered:
                     cls._write(teacher, batches, {name: (paths[name], *missing[name]) for name in missing})
                 return cls(teacher, paths)
         except (UserError, OSError, ValueError) as error:  # no room; another run made room for its own
-            say(f"the teacher's outputs are not kept, it is run at every step ({error})")
+            say(f"the teacher's {' and '.join(shapes)} are not kept; it is run at every step that needs them ({error})")
             return None
 
     @staticmethod

@@ -157,11 +157,14 @@ def test_without_room_the_teacher_is_run_live(digits, make, monkeypatch, capfd):
     monkeypatch.setattr(teachers.shutil, "disk_usage", lambda folder: full)
     teacher = make()
     assert teacher.source(batches_of(digits), True) is teacher
-    err = capfd.readouterr().err
-    assert "has no room" in err and len(err.splitlines()) == 1
+    lines = capfd.readouterr().err.splitlines()
+    assert ["logits and maps" in line for line in lines] == [True, False]  # all; then the logits alone
+    assert all("has no room" in line for line in lines)
+    assert teacher.source(batches_of(digits), False) is teacher
+    assert capfd.readouterr().err == ""  # tried once, and told once
 
 
-def test_maps_too_large_for_half_precision_are_not_kept(digits, make, monkeypatch, capfd, tmp_path):
+def test_of_maps_too_large_for_half_precision_the_logits_are_kept(digits, make, passes, monkeypatch, capfd, tmp_path):
     call = Teacher.__call__
 
     def huge(self, batch):
@@ -169,10 +172,24 @@ def test_maps_too_large_for_half_precision_are_not_kept(digits, make, monkeypatc
         return outputs._replace(layer4=outputs.layer4 * 1e9)
 
     monkeypatch.setattr(Teacher, "__call__", huge)
-    teacher = make(precision="bf16")
-    assert teacher.source(batches_of(digits), with_maps=True) is teacher
+    teacher, batches = make(precision="bf16"), batches_of(digits)
+    assert teacher.source(batches, with_maps=True) is teacher
     assert "maps are too large for float16" in capfd.readouterr().err
-    assert not list((tmp_path / "cache").glob("*.npy"))
+    assert [path.name.split("_")[1] for path in (tmp_path / "cache").glob("*.npy")] == ["logits.npy"]
+    n = len(passes)
+    source, batch = teacher.source(batches, with_maps=False), next(batches.epoch(0))
+    same(source(batch), teacher(batch), TOLERANCES["bf16"])
+    assert teacher.source(batches, with_maps=True) is teacher
+    assert len(passes) == n + 1  # none but the one that this test compares with
+
+
+def test_where_maps_asked_for_later_cannot_be_kept_the_logits_stay(digits, make, monkeypatch, capfd):
+    teacher, batches = make(), batches_of(digits)
+    teacher.source(batches, False)
+    monkeypatch.setattr(teachers.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000})())
+    assert teacher.source(batches, True) is teacher
+    assert len(capfd.readouterr().err.splitlines()) == 1
+    assert teacher.source(batches, False) is not teacher
 
 
 def test_a_cache_turned_off_is_off(digits, network):
