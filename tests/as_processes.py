@@ -18,6 +18,7 @@ sys.modules.pop("test", None)
 
 import models  # noqa: E402
 import processes  # noqa: E402
+import runstate  # noqa: E402
 
 
 def freeze_bn() -> None:
@@ -43,6 +44,14 @@ def die() -> None:
         average(self, network, share)
 
     processes.Processes.average_gradients = once
+    # Which state is there at the death must not depend on the disk's speed: each is written before the run goes on.
+    save = runstate.Keeper.save
+
+    def save_and_wait(self, state):
+        save(self, state)
+        self._finish_writing()
+
+    runstate.Keeper.save = save_and_wait
 
 
 torch.set_num_threads(1)
