@@ -82,13 +82,13 @@ def scaled(recipe: Recipe, args: argparse.Namespace) -> Recipe:
 
 def run_rows(rows: list[Recipe], setup: Setup, args: argparse.Namespace) -> None:
     """Run what is not finished, row by row and seed by seed."""
-    teacher = None
+    if rows[0].network == "teacher":
+        run_once(rows[0], replace(setup, augment=args.teacher_augment), None)
+        rows = rows[1:]
+    # Before the student's row, so that a teacher that can't be loaded is told of before hours of training.
+    distils = any(recipe.distils for recipe in rows)
+    teacher = load_teacher(setup, args.teacher_cache, rows) if distils else None
     for recipe in rows:
-        if recipe.network == "teacher":
-            run_once(recipe, replace(setup, augment=args.teacher_augment), None)
-            continue
-        if recipe.distils and teacher is None:
-            teacher = load_teacher(setup, args.teacher_cache, rows)
         for seed in args.seeds:
             folder = setup.checkpoint_dir / f"seed{seed}" if seed else setup.checkpoint_dir
             files.ensure_writable(folder, "--checkpoint_dir")

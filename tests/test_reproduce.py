@@ -108,7 +108,9 @@ def test_students_of_another_teacher_are_not_mixed(script, small, folders, small
 
 
 def test_distilling_needs_a_teacher(script, small):
-    ran = script("reproduce.py", *small, "--jobs", "distillation")
+    """Told before anything is trained."""
+    ran = script("reproduce.py", *small, "--jobs", "student", "distillation")
+    assert "Epoch" not in ran.out
     refused(ran, "resnet50.pth does not exist", "train.py --model_job teacher")
 
 
