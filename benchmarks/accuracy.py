@@ -29,8 +29,11 @@ def main() -> None:
     args, flags = parser.parse_known_args()
     for mode, options in MODES.items():
         folder = args.work_dir / mode
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy(args.teacher, folder / "resnet50.pth")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(args.teacher, folder / "resnet50.pth")
+        except OSError as error:
+            parser.error(f"--teacher {args.teacher} can't be copied into {folder}: {error.strerror or error}")
         command = [sys.executable, str(HERE.parent / "reproduce.py"), "--jobs", *JOBS]
         command += ["--seeds", *map(str, SEEDS), "--checkpoint_dir", folder, "--results_dir", folder]
         if code := subprocess.run([*command, *options, *flags], check=False).returncode:
