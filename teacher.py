@@ -160,7 +160,7 @@ class Remembered:
                 old.unlink(missing_ok=True)
         needed = sum(int(np.prod(shape)) * kind.itemsize for _, shape, kind in wanted.values())
         if needed > 0.9 * shutil.disk_usage(folder).free:
-            raise UserError(f"{folder} has no room for {needed / 1e9:.1f} GB")
+            raise UserError(f"{folder} has no room for {needed / 1e6:,.1f} MB")
         with files.replacing_all([path for path, _, _ in wanted.values()]) as opened:
             sinks = dict(zip(wanted, opened, strict=True))
             for name, (_, shape, kind) in wanted.items():

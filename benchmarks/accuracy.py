@@ -36,7 +36,7 @@ def main() -> None:
             parser.error(f"--teacher {args.teacher} can't be copied into {folder}: {error.strerror or error}")
         command = [sys.executable, str(HERE.parent / "reproduce.py"), "--jobs", *JOBS]
         command += ["--seeds", *map(str, SEEDS), "--checkpoint_dir", folder, "--results_dir", folder]
-        if code := subprocess.run([*command, *options, *flags], check=False).returncode:
+        if code := exit_code([*command, *options, *flags]):
             sys.exit(code)
     runs = {mode: [read(args.work_dir / mode, job) for job in JOBS] for mode in MODES}
     first = runs["fast"][0][0]
@@ -56,6 +56,15 @@ def main() -> None:
     }
     (HERE / "accuracy.json").write_text(json.dumps(measured, indent=1) + "\n")
     write_results()
+
+
+def exit_code(command: list) -> int:
+    """Run the command. Ctrl-C reaches it as well: then wait until it has kept its run's state."""
+    with subprocess.Popen(command) as child:
+        try:
+            return child.wait()
+        except KeyboardInterrupt:
+            return child.wait()
 
 
 def read(folder: Path, job: str) -> list[dict]:
