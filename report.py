@@ -409,7 +409,7 @@ def curves_plot(rows: Rows) -> bytes:
     upper.set_ylabel("training loss, each row's own objective")
     lower.set_ylabel("training top-1, %")
     lower.set_xlabel("epoch")
-    lower.xaxis.set_major_locator(MaxNLocator(integer=True))
+    lower.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))  # 1 alone, too
     for axes in (upper, lower):
         axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", handlelength=3.5, frameon=False)
