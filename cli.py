@@ -145,6 +145,10 @@ def override(recipe: Recipe, args: argparse.Namespace) -> Recipe:
     for name in ("beta", "gamma"):
         if name in given and recipe.network != "feature_student":
             raise UserError(f"--{name}: {recipe.job} has no projector for a feature loss; use one of the LDH jobs")
+    if schedule := getattr(args, "schedule", None):
+        if "alpha" in given:
+            raise UserError("--alpha and --schedule: give one of the two")
+        given["alpha"] = schedule
     return replace(recipe, **given)
 
 

@@ -99,16 +99,25 @@ class Dataset:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Differs where an image or a label does; of streamed images, where a file does."""
-        digest = hashlib.sha256()
-        for part in (self.train, self.test):
-            digest.update(part.images.numpy() if isinstance(part.images, torch.Tensor) else part.images.key.encode())
-            digest.update(part.labels.numpy())
-        return digest.hexdigest()[:32]
+        return _digest(self.train, self.test)
+
+    @functools.cached_property
+    def test_fingerprint(self) -> str:
+        """`fingerprint` of the test images alone: results that share it were tested on the same images, in order."""
+        return _digest(self.test)
 
     @property
     def image_size(self) -> int:
         """The side of the images, which are square."""
         return self.train.images.shape[1]
+
+
+def _digest(*parts: Split) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.images.numpy() if isinstance(part.images, torch.Tensor) else part.images.key.encode())
+        digest.update(part.labels.numpy())
+    return digest.hexdigest()[:32]
 
 
 class Batch(NamedTuple):
@@ -311,7 +320,10 @@ def _cifar(name: str, data_dir: Path) -> Dataset:
             parts = [kind(data_dir, train=train, download=False) for train in (True, False)]
         except RuntimeError:  # missing, or a file is not as its checksum says
             parts = _download_cifar(kind, name, data_dir)
-    train, test = (Split(torch.from_numpy(part.data), torch.tensor(part.targets)) for part in parts)
+    # torchvision gives a transposed view, whose memory no digest and no copy could read from end to end.
+    arrays = [np.ascontiguousarray(part.data) for part in parts]
+    labels = [torch.tensor(part.targets) for part in parts]
+    train, test = (Split(torch.from_numpy(images), numbers) for images, numbers in zip(arrays, labels, strict=True))
     return _dataset(name, train, test, tuple(parts[0].classes))
 
 

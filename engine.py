@@ -1,9 +1,11 @@
 """The one training loop and the one evaluation. Neither knows which experiment runs."""
 
+import base64
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
+import numpy
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -39,8 +41,10 @@ def fit(
     loss: from a batch, the epoch and the iteration within it (both from 0) to named scalars, each a mean over the
         batch's images; the one named "loss" is minimised.
     keeper: keeps the run's state; where it has one, training goes on from it, mid-epoch too.
-    Figures: "epoch" from 1, "train_loss" and each other scalar, as its mean over the epoch's images, "learning_rate",
-        "seconds". Those of epochs done before are in keeper.figures, to which each epoch's are added.
+    Figures: "epoch" from 1, "train_loss" and each other scalar, as its mean over the epoch's images;
+        "train_loss_over_batches", the mean over its batches of each batch's mean loss, in which the images of a short
+        last batch weigh more; "learning_rate", "seconds". Those of epochs done before are in keeper.figures, to which
+        each epoch's are added.
     Raises Diverged where the loss or a weight is not finite at the end of an epoch; what the keeper raises.
     """
     keeper, processes = keeper or Keeper(), runtime.processes
@@ -62,16 +66,20 @@ def fit(
                 # Summed on the device and read once an epoch: the step never waits for it.
                 for name, value in terms.items():
                     at.totals[name] = at.totals.get(name, 0) + value.detach().double() * len(batch.labels)
+                over_batches = terms["loss"].detach().double() * batch.share / len(batches)
+                at.totals["over batches"] = at.totals.get("over batches", 0) + over_batches
                 bar.update(min(batches.batch_size, batches.n_images - bar.n))
                 if keeper.due():
                     at.iteration, at.seconds = iteration + 1, time.perf_counter() - started
                     keeper.save(_snapshot(network, optimiser, at, processes))
         sums = _over_all(at.totals, processes)
+        over_batches = sums.pop("over batches").item()
         means = dict(zip(sums, (torch.stack(list(sums.values())) / batches.n_images).tolist(), strict=True))
         _check_finite(means["loss"], network, epoch)
         figures = {
             "epoch": epoch + 1,
             "train_loss": means.pop("loss"),
+            "train_loss_over_batches": over_batches,
             **means,
             "learning_rate": learning_rate(epoch),
             "seconds": time.perf_counter() - started,
@@ -152,7 +160,8 @@ def evaluate(network: CifarResNet, batches: Batches, runtime: Runtime) -> dict[s
 
     top1, top5: percent. mean_ce: the plain mean of the cross-entropy over the images, in nats. test_loss: the sum over
     batches of 256 images of each batch's mean cross-entropy, divided by the number of images; whatever the size of
-    `batches`. images: how many there were. With fewer than five classes top5 is 100.
+    `batches`. images: how many there were. With fewer than five classes top5 is 100. correct: a bit for each image in
+    order, whether its class is the best, packed by numpy.packbits and written in base64.
     """
     network = folded(network).to(runtime.device)
     # For each image its cross-entropy, and whether its class is the best and among the best five. Each process fills in
@@ -172,4 +181,5 @@ def evaluate(network: CifarResNet, batches: Batches, runtime: Runtime) -> dict[s
         "test_loss": sum(part.mean().item() for part in per_image.split(TEST_LOSS_BATCH)) / len(per_image),
         "mean_ce": per_image.mean().item(),
         "images": len(per_image),
+        "correct": base64.b64encode(numpy.packbits(top1.bool().numpy())).decode(),
     }

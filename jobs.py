@@ -134,7 +134,8 @@ def _trained(recipe: Recipe, setup: Setup, teacher: Teacher | None, keeper: Keep
             recipe.job,
             keeper,
         ):
-            print(f"Epoch [{figures['epoch']}/{recipe.epochs}], Train Loss: {figures['train_loss']:.8f}", flush=True)
+            loss = figures["train_loss_over_batches"]
+            print(f"Epoch [{figures['epoch']}/{recipe.epochs}], Train Loss: {loss:.8f}", flush=True)
     return network
 
 
@@ -185,6 +186,7 @@ def batch_loss(
     def loss(batch: Batch, epoch: int, iteration: int) -> engine.Terms:
         student = forward(batch.images)
         terms = objective(student, targets and targets(batch), batch.labels, alpha[epoch, iteration])
+        terms["alpha"] = alpha[epoch, iteration]
         terms["train_top1"] = 100 * (student.logits.argmax(1) == batch.labels).double().mean()
         return terms
 
@@ -259,6 +261,7 @@ def identity(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> dict:
             "classes": dataset.num_classes,
             "image_size": dataset.image_size,
             "fingerprint": dataset.fingerprint,
+            "test_fingerprint": dataset.test_fingerprint,
         },
         "seed": setup.seed,
         "augment": setup.augment,

@@ -88,15 +88,24 @@ def _ramp(steps: int) -> torch.Tensor:
 ALPHA_SCHEDULES: dict[str, Callable[[int, int], torch.Tensor]] = {
     "per epoch": lambda epochs, n: _ramp(epochs).unsqueeze(1).expand(epochs, n),
     "per iteration": lambda epochs, n: _ramp(epochs * n).view(epochs, n),
-    "first epoch": lambda epochs, n: torch.cat([_ramp(n).unsqueeze(0), torch.ones(epochs - 1, n)]),
+    "first epoch": lambda epochs, n: _first_epoch(torch.ones(epochs, n)),
+    "first epoch, then 0.7": lambda epochs, n: _first_epoch(torch.full((epochs, n), 0.7)),
+    "first epoch, then per epoch": lambda epochs, n: _first_epoch(ALPHA_SCHEDULES["per epoch"](epochs, n)),
+    "each epoch": lambda epochs, n: _ramp(n).expand(epochs, n),
 }
+
+
+def _first_epoch(after: torch.Tensor) -> torch.Tensor:
+    """The schedule `after`, (E, n), with a ramp of its own over the iterations of the first epoch."""
+    return torch.cat([_ramp(after.shape[1]).unsqueeze(0), after[1:].double()])
 
 
 def alpha_schedule(alpha: float | str, epochs: int, iterations: int) -> torch.Tensor:
     """The weight of the hard labels at every step: float32 (epochs, iterations per epoch), values in [0, 1].
 
     alpha: a constant, or a schedule's name: "per epoch" e / (E - 1); "per iteration" i / (E n - 1), i counted over the
-    whole run; "first epoch" i / (n - 1) during the first epoch, 1 after it. One single step means 1.
+    whole run; "first epoch" i / (n - 1) during the first epoch, 1 after it, or, by its longer names, what they say;
+    "each epoch" i / (n - 1) in every epoch anew. One single step means 1.
     """
     if isinstance(alpha, str):
         return ALPHA_SCHEDULES[alpha](epochs, iterations).float()

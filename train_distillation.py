@@ -10,6 +10,7 @@ from pathlib import Path
 
 import cli
 import jobs
+import losses
 import runtime
 from recipes import RECIPES
 
@@ -26,6 +27,7 @@ def main() -> None:
     cli.add_teacher_cache_flag(parser)
     group = parser.add_argument_group("the loss: alpha CE + (1 - alpha) soft + beta MSE + gamma S2T")
     group.add_argument("--alpha", type=cli.fraction, help="weight of the hard labels, where it is not scheduled")
+    group.add_argument("--schedule", choices=list(losses.ALPHA_SCHEDULES), help="of alpha, in place of the job's own")
     group.add_argument("--T", type=cli.positive, help="temperature of KD")
     group.add_argument("--beta", type=cli.weight, help="weight of the feature MSE (LDH jobs)")
     group.add_argument("--gamma", type=cli.weight, help="weight of student to teacher, S2T (LDH jobs)")
