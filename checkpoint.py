@@ -14,9 +14,9 @@ from urllib.parse import urlparse
 import torch
 from torchvision.models import ResNet50_Weights
 
-from files import replacing
 from models import TITLES, CifarResNet
-from runtime import UserError
+from util.files import replacing
+from util.runtime import UserError
 
 # Another layout of a feature student, that of a network cut into a torch.nn.Sequential.
 LEGACY_PREFIXES = {

@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import NoReturn
 
 import data
-import files
-import processes
-import runtime
 from jobs import Setup
-from processes import Lost
 from recipes import Recipe
-from runtime import Diverged, Stopped, UserError, say
+from util import files, processes, runtime
+from util.processes import Lost
+from util.runtime import Diverged, Stopped, UserError, say
 
 
 class Parser(argparse.ArgumentParser):

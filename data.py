@@ -24,9 +24,9 @@ import torch
 from PIL import Image, ImageOps
 from torchvision import datasets
 
-import files
-from processes import Processes, local_size
-from runtime import UserError, free_memory, say
+from util import files
+from util.processes import Processes, local_size
+from util.runtime import UserError, free_memory, say
 
 DATASETS = ("cifar100", "cifar10", "tiny_imagenet", "folder", "digits")
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)

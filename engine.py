@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from data import Batch, Batches
 from models import CifarResNet, folded
-from processes import Processes
-from runstate import Keeper, State
-from runtime import Diverged, Runtime
+from util.processes import Processes
+from util.runstate import Keeper, State
+from util.runtime import Diverged, Runtime
 
 TEST_LOSS_BATCH = 256  # Test Loss is defined over batches of this many images
 

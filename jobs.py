@@ -18,11 +18,11 @@ import engine
 import losses
 import models
 from data import Batch, Batches, Dataset, Split
-from files import remove_leftovers, sha256, write_json
 from recipes import RECIPES, Recipe
-from runstate import Keeper, refuse_difference
-from runtime import Diverged, Runtime, UserError, compiled, inference_batch, say
 from teacher import Teacher
+from util.files import remove_leftovers, sha256, write_json
+from util.runstate import Keeper, refuse_difference
+from util.runtime import Diverged, Runtime, UserError, compiled, inference_batch, say
 
 
 @dataclass(frozen=True)

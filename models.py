@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from convolution import Conv3x3
+from util.convolution import Conv3x3
 
 TEACHER_MAP = 2048  # channels of the teacher's last feature map
 STUDENT_MAP = 512  # and of the student's

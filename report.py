@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import files
 from recipes import RECIPES
-from runtime import UserError
+from util import files
+from util.runtime import UserError
 
 Run = dict[str, Any]
 Rows = dict[str, dict[int, Run]]  # job -> seed -> run; jobs in the order of RECIPES, seeds ascending

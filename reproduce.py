@@ -12,14 +12,13 @@ import argparse
 from dataclasses import replace
 
 import cli
-import files
 import jobs
 import report
-import runtime
 from jobs import Setup
 from recipes import RECIPES, Recipe
-from runtime import UserError, say
 from teacher import Teacher
+from util import files, runtime
+from util.runtime import UserError, say
 
 FULL_EPOCHS, FULL_STEP = RECIPES["student"].epochs, RECIPES["student"].scheduler_step
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import files
 from data import VIEWS, Batch, Batches
 from models import CifarResNet, Outputs, folded
-from runtime import Runtime, UserError, free_memory, inference_batch, say
+from util import files
+from util.runtime import Runtime, UserError, free_memory, inference_batch, say
 
 CACHE_FORMAT = 2
 

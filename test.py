@@ -5,8 +5,8 @@ Example: python test.py --model_job teacher
 
 import cli
 import jobs
-import runtime
 from recipes import RECIPES
+from util import runtime
 
 
 def main(choices: tuple[str, ...] = tuple(RECIPES)) -> None:

@@ -8,8 +8,8 @@ Writes <checkpoint_dir>/resnet50.pth or resnet18.pth and <results_dir>/<job>_see
 
 import cli
 import jobs
-import runtime
 from recipes import RECIPES
+from util import runtime
 
 
 def main() -> None:

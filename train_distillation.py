@@ -11,8 +11,8 @@ from pathlib import Path
 import cli
 import jobs
 import losses
-import runtime
 from recipes import RECIPES
+from util import runtime
 
 
 def main() -> None:

@@ -37,11 +37,11 @@ import engine  # noqa: E402
 import jobs  # noqa: E402
 import losses  # noqa: E402
 import models  # noqa: E402
-import runtime  # noqa: E402
 from data import Batches, Split  # noqa: E402
 from recipes import RECIPES, Recipe  # noqa: E402
-from runtime import Runtime  # noqa: E402
 from teacher import Teacher  # noqa: E402
+from util import runtime  # noqa: E402
+from util.runtime import Runtime  # noqa: E402
 
 # What is measured: the job, and how many of --images a repeat takes on a CPU, so that all take about as long.
 TASKS = {

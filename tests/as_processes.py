@@ -17,8 +17,7 @@ sys.path.insert(0, str(ROOT))
 sys.modules.pop("test", None)
 
 import models  # noqa: E402
-import processes  # noqa: E402
-import runstate  # noqa: E402
+from util import processes, runstate  # noqa: E402
 
 
 def freeze_bn() -> None:

@@ -20,7 +20,7 @@ sys.modules.pop("test", None)
 import checkpoint  # noqa: E402
 import data  # noqa: E402
 import models  # noqa: E402
-import runtime  # noqa: E402
+from util import runtime  # noqa: E402
 
 
 class Ran(NamedTuple):

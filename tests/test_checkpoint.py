@@ -17,9 +17,9 @@ import torchvision
 from test_runstate import mutations
 
 import checkpoint
-import files
 from models import build
-from runtime import UserError
+from util import files
+from util.runtime import UserError
 
 HINT = "make it with: python train.py"
 

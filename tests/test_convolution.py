@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import models
-from convolution import Conv3x3, weight_gradient
+from util.convolution import Conv3x3, weight_gradient
 
 
 def own(layer_output: torch.Tensor) -> bool:

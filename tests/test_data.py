@@ -14,7 +14,7 @@ from torchvision import datasets, transforms
 from torchvision.transforms import functional
 
 import data
-from runtime import UserError
+from util.runtime import UserError
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)

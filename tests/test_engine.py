@@ -12,8 +12,8 @@ import models
 from data import Batches, Split
 from models import Outputs
 from recipes import RECIPES
-from runtime import Diverged, Runtime
 from teacher import Teacher
+from util.runtime import Diverged, Runtime
 
 CPU = torch.device("cpu")
 

@@ -14,9 +14,9 @@ import data
 import jobs
 import models
 from data import Batches, Split
-from processes import Processes
 from recipes import RECIPES
-from runtime import Runtime, UserError
+from util.processes import Processes
+from util.runtime import Runtime, UserError
 
 CPU = torch.device("cpu")
 HERE = Path(__file__).parent

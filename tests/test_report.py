@@ -9,7 +9,7 @@ from matplotlib.image import imread
 
 import report
 from recipes import RECIPES
-from runtime import UserError
+from util.runtime import UserError
 
 CIFAR = {"train_images": 50000, "test_images": 10000, "classes": 100, "image_size": 32}
 DIGITS = {"train_images": 1437, "test_images": 360, "classes": 10, "image_size": 8}

@@ -15,9 +15,8 @@ import torch
 from conftest import ROOT
 from test_scripts import EPOCH, refused
 
-import files
-import runstate
-from runtime import UserError
+from util import files, runstate
+from util.runtime import UserError
 
 # Big enough that a run can be hit in the middle of an epoch: 40 images, 5 batches an epoch.
 RUN = ["--epochs", 8, "--batch_size", 8, "--scheduler_step", 3]

@@ -14,11 +14,11 @@ from torch import nn
 import engine
 import jobs
 import models
-import runtime
 from data import Batches
 from models import Outputs
 from recipes import RECIPES
-from runtime import Runtime, UserError
+from util import runtime
+from util.runtime import Runtime, UserError
 
 CPU = torch.device("cpu")
 
@@ -101,7 +101,7 @@ FAULTS = """
 import resource, sys
 import torch
 from torch import nn
-import runtime
+from util import runtime
 
 if sys.argv[1] == "chosen":
     runtime.choose("cpu")

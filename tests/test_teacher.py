@@ -7,11 +7,11 @@ import torch
 
 import data
 import models
-import runtime
 import teacher as teachers
 from data import Batches, Split
-from runtime import Runtime
 from teacher import Teacher
+from util import runtime
+from util.runtime import Runtime
 
 CPU = torch.device("cpu")
 TOLERANCES = {"fp32": 1e-5, "bf16": 2e-2}

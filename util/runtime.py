@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-import processes
-from processes import Processes
+from util import processes
+from util.processes import Processes
 
 
 class UserError(Exception):

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from runtime import UserError
+from util.runtime import UserError
 
 try:
     import fcntl

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-import files
-from processes import Processes, local_rank
-from runtime import Stopped, UserError, say
+from util import files
+from util.processes import Processes, local_rank
+from util.runtime import Stopped, UserError, say
 
 MAGIC = b"run state 1\n"
 DIGEST = 64  # hex digits of a SHA-256
