@@ -1,71 +1,111 @@
 """The flags that scripts share, each declared once, and the way a script ends."""
 
 import argparse
-import math
+import difflib
+import re
 import shlex
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import data
+import losses
 from jobs import Setup
-from recipes import Recipe
+from recipes import RECIPES, Recipe
 from util import files, processes, runtime
+from util.bounds import COUNT, Bound
 from util.processes import Lost
-from util.runtime import Diverged, Stopped, UserError, say
+from util.runtime import Diverged, Runtime, Stopped, UserError, say
+
+SEED = Bound(int, "a whole number from 0 to 2^32 - 1", lambda x: 0 <= x < 2**32)
+BELOW_1 = Bound(float, "a number from 0 to below 1", lambda x: 0 <= x < 1)
+
+# What other projects call a flag, and what it is here.
+OTHER_NAMES = {
+    "lr": "learning_rate", "base_lr": "learning_rate", "bs": "batch_size", "batch": "batch_size",
+    "train_batch_size": "batch_size", "n_epochs": "epochs", "num_epochs": "epochs", "step_size": "scheduler_step",
+    "lr_step": "scheduler_step", "temperature": "T", "temp": "T", "tau": "T", "kd_T": "T", "gpu": "device",
+    "gpus": "device", "data": "data_dir", "data_path": "data_dir", "root": "data_dir", "output_dir": "checkpoint_dir",
+    "save_dir": "checkpoint_dir", "out": "checkpoint_dir", "model": "model_job", "job": "model_job",
+    "img_size": "image_size", "imgsz": "image_size", "pretrained": "weights", "teacher_path": "teacher",
+    "path_t": "teacher", "ckpt": "checkpoint", "val_split": "val_fraction", "fp16": "precision", "amp": "precision",
+}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with errors of one line."""
+    """argparse, with errors of one line, no abbreviations, and an answer to a flag that is nearly right."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        say(f"{self.prog}: error: {message}")
+        say(f"{self.prog}: error: {' '.join(message.split())}")
         self.exit(2)
 
+    def parse_args(self, *args, **options) -> argparse.Namespace:
+        """The flags; an unknown one is an error that names the one that was probably meant."""
+        known, others = self.parse_known_args(*args, **options)
+        if others:
+            self.error(f"there is no {others[0]} here{self._meant(others[0])}; --help lists the flags")
+        return known
 
-def number(kind: type, text: str, allowed: Callable[[float], bool]) -> Callable[[str], float]:
-    """An argparse type: a finite number of that kind for which `allowed` is true; `text` says which these are."""
+    def _meant(self, text: str) -> str:
+        flags = {name for action in self._actions for name in action.option_strings}
+        name = text.partition("=")[0].lstrip("-").replace("-", "_")
+        right = next((flag for flag in (f"--{name}", f"--{OTHER_NAMES.get(name)}") if flag in flags), None)
+        close = [right] if right else difflib.get_close_matches(f"--{name}", flags, 1)
+        return f"; did you mean {close[0]}?" if close else ""
 
-    def parse(value: str):
+
+def number(bound: Bound) -> Callable[[str], float]:
+    """An argparse type: a number within the bound."""
+
+    def parse(text: str) -> float:
         try:
-            parsed = kind(value)
-        except ValueError:
-            parsed = math.nan
-        if not math.isfinite(parsed) or not allowed(parsed):
-            raise argparse.ArgumentTypeError(f"{value} is not {text}")
-        return parsed
+            return bound.parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(error) from None
 
     return parse
 
 
-count = number(int, "a whole number of at least 1", lambda x: x >= 1)
-epoch_count = number(int, "a whole number from 1 to 100000", lambda x: 1 <= x <= 100_000)
-seed_number = number(int, "a whole number from 0 to 2^32 - 1", lambda x: 0 <= x < 2**32)
-positive = number(float, "a finite number above 0", lambda x: x > 0)
-weight = number(float, "a finite number of at least 0", lambda x: x >= 0)
-fraction = number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
+def path(text: str) -> Path:
+    """An argparse type: a path, ~ being the home folder wherever the shell left it standing."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # ~ of nobody
+        raise argparse.ArgumentTypeError(f"{text}: there is no such home folder") from None
+
+
+def run_name(text: str) -> str:
+    """An argparse type: a name for a run's files, which is no job's."""
+    if not re.fullmatch(r"[\w.+=,-]{1,100}", text) or text.startswith("."):
+        raise argparse.ArgumentTypeError(f"{text} is not a name of letters, digits and _ . + = , -")
+    if any(text in (row.job, row.checkpoint) for row in RECIPES.values()):
+        raise argparse.ArgumentTypeError(f"{text} is the name of a job; take another")
+    return text
 
 
 def add_data_flags(parser: Parser) -> None:
     """Flags of every script: what is read, where it is written, what it runs on."""
     group = parser.add_argument_group("data and files")
     group.add_argument("--dataset", choices=data.DATASETS, default="cifar100", help="default: cifar100")
-    group.add_argument("--data_dir", type=Path, default=Path("data"), help="where the images are; default: ./data")
+    group.add_argument("--data_dir", type=path, default=Path("data"), help="where the images are; default: ./data")
     group.add_argument(
-        "--image_size", type=count, help="side that images are resized to (folder: 32, tiny_imagenet: 64)"
+        "--image_size", type=number(COUNT), help="side that images are resized to (folder: 32, tiny_imagenet: 64)"
     )
     group.add_argument(
         "--stream", action="store_true",
         help="decode image files as they are needed; chosen by itself where they would not fit the memory",
     )  # fmt: skip
     group.add_argument(
-        "--checkpoint_dir", type=Path, help="default: ./checkpoints for cifar100, ./checkpoints/<dataset> else"
+        "--checkpoint_dir", type=path, help="default: ./checkpoints for cifar100, ./checkpoints/<dataset> else"
     )
     group = parser.add_argument_group("hardware")
-    group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: auto")
+    group.add_argument("--device", type=device, default="auto", help="auto (default), cpu, cuda, or cuda:N")
     group.add_argument(
         "--precision",
         choices=["auto", "fp32", "bf16"],
@@ -74,43 +114,91 @@ def add_data_flags(parser: Parser) -> None:
     )
 
 
+def device(text: str) -> str:
+    """An argparse type: the name of a device."""
+    try:
+        return runtime.device_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(error) from None
+
+
 def add_results_flag(parser: Parser) -> None:
     """The flag of the scripts that train."""
-    parser.add_argument("--results_dir", type=Path, help="default: ./results for cifar100, ./results/<dataset> else")
+    parser.add_argument("--results_dir", type=path, help="default: ./results for cifar100, ./results/<dataset> else")
+
+
+def add_recipe_flags(group: argparse._ActionsContainer, names: list[str]) -> None:
+    """For each field of a recipe a flag that overrides it."""
+    for part in fields(Recipe):
+        if part.name in names:
+            group.add_argument(f"--{part.name}", type=number(part.metadata["bound"]), help=part.metadata["help"])
+
+
+def add_loss_flags(parser: Parser) -> None:
+    """Flags of the loss: its weights, the schedule of alpha, and every setting that some loss has."""
+    group = parser.add_argument_group("the loss: alpha CE + (1 - alpha) soft + beta MSE + gamma S2T")
+    add_recipe_flags(group, ["alpha", "beta", "gamma"])
+    group.add_argument(
+        "--schedule", choices=["constant", *losses.ALPHA_SCHEDULES], help="of alpha, in place of the row's own"
+    )
+    for name, settings in _settings().items():
+        takes = ", ".join(f"{loss}: {setting.words}, {setting.default:g}" for loss, setting in settings.items())
+        group.add_argument(f"--{name}", type=number(next(iter(settings.values())).bound), help=takes)
+
+
+def _settings() -> dict[str, dict[str, losses.Setting]]:
+    """Of each setting's name the losses that have it."""
+    found: dict[str, dict[str, losses.Setting]] = {}
+    for loss, entry in losses.LOSSES.items():
+        for name, setting in entry.settings.items():
+            found.setdefault(name, {})[loss] = setting
+    return found
 
 
 def add_training_flags(parser: Parser) -> None:
-    """Flags that override a recipe's row for one run, and the seed."""
+    """Flags that override a recipe's row for one run, its name and its seed."""
     group = parser.add_argument_group("training; without a flag the job's own row of recipes.py holds")
-    group.add_argument("--epochs", type=epoch_count)
-    group.add_argument("--learning_rate", type=positive)
-    group.add_argument("--batch_size", type=count)
-    group.add_argument("--scheduler_step", type=count, help="learning rate x0.1 every so many epochs")
-    group.add_argument("--seed", type=seed_number, default=0, help="of the weights and the data's order; default: 0")
+    add_recipe_flags(group, ["epochs", "learning_rate", "batch_size", "scheduler_step"])
+    add_seed_flag(group)
+    group.add_argument("--name", type=run_name, help="of this run's files, so that it stands beside the job's own run")
     group.add_argument("--augment", action="store_true", help="random crop with padding 4, and horizontal flip")
+    add_val_flag(group)
     add_compile_flag(group)
     add_sync_bn_flag(group)
-    add_resume_flags(parser)
-
-
-def add_resume_flags(parser: Parser) -> None:
-    """What to do with the state of a run that was not finished."""
-    group = parser.add_argument_group("a run that was not finished").add_mutually_exclusive_group()
-    group.add_argument("--resume", action="store_true", help="go on with the run where it stopped, or start it")
-    group.add_argument("--overwrite", action="store_true", help="start over where a run was not finished")
+    group = parser.add_argument_group("what an earlier run left").add_mutually_exclusive_group()
+    group.add_argument(
+        "--resume", action="store_true",
+        help="go on with an unfinished run, or with a finished one of fewer --epochs; else start it",
+    )  # fmt: skip
+    group.add_argument("--overwrite", action="store_true", help="start over, and replace what an earlier run left")
 
 
 def _mode(args: argparse.Namespace) -> str:
-    """What the flags of add_resume_flags ask for, as jobs.Setup has it; restarted by torchrun, a run goes on."""
+    """What --resume and --overwrite ask for, as jobs.Setup has it; restarted by torchrun, a run goes on."""
     return "resume" if args.resume or processes.restarted() else "overwrite" if args.overwrite else "new"
+
+
+def add_seed_flag(parser: argparse._ActionsContainer) -> None:
+    """The flag of the scripts that make or test one run."""
+    parser.add_argument(
+        "--seed", type=number(SEED), default=0,
+        help="of the weights and the data's order; default: 0. Checkpoints of others are in seed<k>/",
+    )  # fmt: skip
+
+
+def add_val_flag(parser: argparse._ActionsContainer) -> None:
+    """The flag of the scripts that train."""
+    parser.add_argument(
+        "--val_fraction", type=number(BELOW_1), default=0.0,
+        help="hold out so much of each class's training images; their loss and top-1 come after every epoch",
+    )  # fmt: skip
 
 
 def add_compile_flag(parser: argparse._ActionsContainer) -> None:
     """The flag of the scripts that train."""
     parser.add_argument(
-        "--compile", choices=["auto", "on", "off"], default="auto",
-        help="torch.compile the network that is trained; auto (default): where it was measured to pay for itself",
-    )  # fmt: skip
+        "--compile", choices=["on", "off"], default="off", help="torch.compile the network that is trained"
+    )
 
 
 def add_sync_bn_flag(parser: argparse._ActionsContainer) -> None:
@@ -124,8 +212,8 @@ def add_sync_bn_flag(parser: argparse._ActionsContainer) -> None:
 def add_teacher_cache_flag(parser: Parser) -> None:
     """The flag of the scripts that distil."""
     parser.add_argument(
-        "--teacher_cache", choices=["auto", "off"], default="auto",
-        help="auto (default): compute the teacher's outputs once and keep them; off: run it at every step",
+        "--teacher_cache", choices=["on", "off"], default="on",
+        help="on (default): compute the teacher's outputs once and keep them; off: run it at every step",
     )  # fmt: skip
 
 
@@ -134,20 +222,31 @@ def override(recipe: Recipe, args: argparse.Namespace) -> Recipe:
 
     Raises UserError for a flag that would have no effect in this row.
     """
-    names = ("epochs", "learning_rate", "batch_size", "scheduler_step", "alpha", "T", "beta", "gamma")
+    names = [part.name for part in fields(Recipe) if "bound" in part.metadata]
     given = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
-    if "alpha" in given and isinstance(recipe.alpha, str):
-        raise UserError(f"--alpha: the alpha of {recipe.job} is scheduled ({recipe.alpha}); leave the flag away")
-    if "T" in given and recipe.T is None:
-        raise UserError(f"--T: the loss of {recipe.job} has no temperature; leave the flag away")
     for name in ("beta", "gamma"):
         if name in given and recipe.network != "feature_student":
             raise UserError(f"--{name}: {recipe.job} has no projector for a feature loss; use one of the LDH jobs")
-    if schedule := getattr(args, "schedule", None):
-        if "alpha" in given:
-            raise UserError("--alpha and --schedule: give one of the two")
-        given["alpha"] = schedule
-    return replace(recipe, **given)
+    given |= _alpha(recipe, given.pop("alpha", None), getattr(args, "schedule", None))
+    settings = {name: getattr(args, name) for name in _settings() if getattr(args, name, None) is not None}
+    recipe = replace(recipe, **given, settings={**recipe.settings, **settings})
+    losses.settings_of(recipe)
+    return recipe
+
+
+def _alpha(recipe: Recipe, number: float | None, schedule: str | None) -> dict[str, Any]:
+    """What --alpha and --schedule change of the recipe. Raises UserError where they contradict each other or it."""
+    scheduled = isinstance(recipe.alpha, str) if schedule is None else schedule != "constant"
+    if number is not None and scheduled:
+        way = schedule or recipe.alpha
+        raise UserError(
+            f"--alpha: the alpha of {recipe.job} is scheduled ({way}); leave it away, or --schedule constant"
+        )
+    if schedule == "constant" and number is None and isinstance(recipe.alpha, str):
+        raise UserError(f"--schedule constant: the alpha of {recipe.job} is no number; give --alpha as well")
+    if number is not None:
+        return {"alpha": number}
+    return {"alpha": schedule} if schedule not in (None, "constant") else {}
 
 
 def checkpoint_dir(args: argparse.Namespace) -> Path:
@@ -164,30 +263,50 @@ def _default_dir(name: str, dataset: str) -> Path:
     return Path(name) if dataset == "cifar100" else Path(name, dataset)
 
 
-def load_data(args: argparse.Namespace, hardware: runtime.Runtime) -> data.Dataset:
-    """The data set that the flags ask for; one process of a machine fetches and decodes it. Raises UserError."""
-    with hardware.processes.first_on_its_machine():
-        return data.load(args.dataset, args.data_dir, args.image_size, args.stream)
+def load_data(args: argparse.Namespace, chosen: Runtime, about: dict[str, Any] | None = None) -> data.Dataset:
+    """The data set that the flags ask for; one process of a machine fetches and decodes it. Raises UserError.
+
+    about: of the checkpoint that is to be tested: its image size is taken, and its classes number the labels.
+    """
+    size, known = args.image_size, {}
+    if about:
+        known = {"classes": tuple(about["classes"]), "mean": tuple(about["mean"]), "std": tuple(about["std"])}
+        if size not in (None, about["image_size"]):
+            trained = about["image_size"]
+            raise UserError(f"--image_size {size}: the checkpoint was trained at {trained}; leave the flag away")
+        size = about["image_size"] if args.dataset in data.RESIZED else None
+    with chosen.processes.first_on_its_machine():
+        dataset = data.load(args.dataset, args.data_dir, size, args.stream, **known)
+    if about and dataset.image_size != about["image_size"]:
+        trained, side = about["image_size"], dataset.image_size
+        raise UserError(f"the checkpoint was trained at {trained}x{trained} pixels, {args.dataset} has {side}x{side}")
+    return dataset
 
 
-def setup(args: argparse.Namespace, images: data.Dataset, hardware: runtime.Runtime, **choices) -> Setup:
+def setup(args: argparse.Namespace, dataset: data.Dataset, chosen: Runtime, **choices) -> Setup:
     """What a job runs in; finds out before any training whether it can write what it will make. Raises UserError."""
     files.ensure_writable(checkpoint_dir(args), "--checkpoint_dir")
     files.ensure_writable(results_dir(args), "--results_dir")
-    choices |= {"compile_mode": args.compile, "sync_bn": args.sync_bn == "on"}
-    return Setup(images, hardware, checkpoint_dir(args), results_dir(args), **choices)
+    if args.val_fraction:
+        train, val = data.held_out(dataset.train, args.val_fraction, dataset.num_classes)
+        dataset = replace(dataset, train=train, val=val)
+    choices |= {"compile": args.compile == "on", "sync_bn": args.sync_bn == "on"}
+    return Setup(dataset, chosen, checkpoint_dir(args), results_dir(args), **choices)
 
 
-def training_setup(args: argparse.Namespace, images: data.Dataset, hardware: runtime.Runtime, **choices) -> Setup:
+def training_setup(args: argparse.Namespace, dataset: data.Dataset, chosen: Runtime, **choices) -> Setup:
     """`setup` with the choices of add_training_flags."""
-    return setup(args, images, hardware, seed=args.seed, augment=args.augment, mode=_mode(args), **choices)
+    return setup(
+        args, dataset, chosen, seed=args.seed, name=args.name, augment=args.augment, mode=_mode(args), **choices
+    )
 
 
-def run(main: Callable[[], None], go_on: list[str] | None = None) -> NoReturn:
+def run(main: Callable[[], None], go_on: str = "") -> NoReturn:
     """Run a script's main function and exit: 0, or with one line on stderr 2 (user's mistake), 1 (failed), 130.
 
-    Stopped by a signal with its state saved, a script exits with 130 for SIGINT, 143 for SIGTERM and, so that a batch
-    system puts the job into its queue again, 0 for SIGUSR1. go_on: the flags with which the same command goes on.
+    Stopped by a signal with its state saved, a script exits with 130 for SIGINT, 143 for SIGTERM, 129 for SIGHUP and,
+    so that a batch system puts the job into its queue again, 0 for SIGUSR1. go_on: the flag with which the same command
+    goes on.
     """
     code = 0
     name = Path(sys.argv[0]).name
@@ -206,7 +325,7 @@ def run(main: Callable[[], None], go_on: list[str] | None = None) -> NoReturn:
     except Stopped as error:
         # By name, as Python has no such signal on Windows.
         code = 0 if signal.Signals(error.number).name == "SIGUSR1" else 128 + error.number
-        command = [arg for arg in sys.argv if arg not in ("--resume", "--overwrite")] + (go_on or [])
+        command = [arg for arg in sys.argv if arg not in ("--resume", "--overwrite")] + [go_on] * bool(go_on)
         say(f"\n{name}: interrupted; go on with: python {shlex.join(command)}")
     except KeyboardInterrupt:
         code = 130

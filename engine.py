@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import Batch, Batches
-from models import CifarResNet, folded
+from models import CifarResNet, Outputs, folded
 from util.processes import Processes
 from util.runstate import Keeper, State
 from util.runtime import Diverged, Runtime
@@ -19,6 +19,7 @@ from util.runtime import Diverged, Runtime
 TEST_LOSS_BATCH = 256  # Test Loss is defined over batches of this many images
 
 Terms = dict[str, torch.Tensor]
+Figures = dict[str, float]
 
 
 def step_lr(base: float, epoch: int, step: int) -> float:
@@ -29,27 +30,38 @@ def step_lr(base: float, epoch: int, step: int) -> float:
 def fit(
     network: CifarResNet,
     batches: Batches,
-    loss: Callable[[Batch, int, int], Terms],
+    objective: torch.nn.Module,
+    *,
+    alpha: torch.Tensor,
     learning_rate: Callable[[int], float],
-    epochs: int,
     runtime: Runtime,
-    title: str,
+    teacher: Callable[[Batch], Outputs] | None = None,
+    forward: Callable[[torch.Tensor], Outputs] | None = None,
+    validate: Callable[[], Figures] | None = None,
     keeper: Keeper | None = None,
-) -> Iterator[dict[str, float]]:
-    """Train the network with Adam; after each epoch, give that epoch's figures.
+    title: str = "",
+    start: int = 0,
+) -> Iterator[Figures]:
+    """Train the network, and what the objective learns, with Adam; after each epoch, give that epoch's figures.
 
-    loss: from a batch, the epoch and the iteration within it (both from 0) to named scalars, each a mean over the
-        batch's images; the one named "loss" is minimised.
-    keeper: keeps the run's state; where it has one, training goes on from it, mid-epoch too.
+    objective: from the student's outputs, the teacher's, the labels and alpha to named scalars, each a mean over the
+        batch's images; the one named "loss" is minimised. See losses.Objective.
+    alpha: the weight of the hard labels at each step, (epochs, iterations per epoch): so many epochs there are.
+    learning_rate: of an epoch, from 0. teacher: its outputs for a batch. forward: the network, compiled.
+    validate: the network's figures on held-out images, asked for after every epoch and added to the epoch's.
+    keeper: keeps the run's state; where it has one, training goes on from it, mid-epoch too. start: the epoch, from 0,
+        to begin with where it has none.
     Figures: "epoch" from 1, "train_loss" and each other scalar, as its mean over the epoch's images;
         "train_loss_over_batches", the mean over its batches of each batch's mean loss, in which the images of a short
-        last batch weigh more; "learning_rate", "seconds". Those of epochs done before are in keeper.figures, to which
-        each epoch's are added.
+        last batch weigh more; "train_top1" in percent; "alpha", the mean over its steps; "learning_rate"; "seconds".
+        Those of epochs done before are in keeper.figures, to which each epoch's are added.
     Raises Diverged where the loss or a weight is not finite at the end of an epoch; what the keeper raises.
     """
-    keeper, processes = keeper or Keeper(), runtime.processes
-    optimiser = torch.optim.Adam(network.parameters(), lr=learning_rate(0), fused=True)
-    at = _restore(keeper.state, network, optimiser, runtime) if keeper.state else Position()
+    keeper, processes, forward = keeper or Keeper(), runtime.processes, forward or network
+    epochs, mean_alpha, alpha = len(alpha), alpha.mean(1).tolist(), alpha.to(batches.device)
+    trained = torch.nn.ModuleList([network, objective])
+    optimiser = torch.optim.Adam(trained.parameters(), lr=learning_rate(start), fused=True)
+    at = _restore(keeper.state, network, objective, optimiser, runtime) if keeper.state else Position(start)
     for epoch in range(at.epoch, epochs):
         started = time.perf_counter() - at.seconds
         network.train()
@@ -58,37 +70,37 @@ def fit(
         with _bar(f"{title} {epoch + 1}/{epochs}", batches, at.iteration, processes) as bar:
             for iteration, batch in enumerate(batches.epoch(epoch, at.iteration), at.iteration):
                 with runtime.autocast():
-                    terms = loss(batch, epoch, iteration)
+                    student = forward(batch.images)
+                    terms = objective(student, teacher and teacher(batch), batch.labels, alpha[epoch, iteration])
                 optimiser.zero_grad()
                 terms["loss"].backward()
-                processes.average_gradients(network, batch.share)
+                processes.average_gradients(trained, batch.share)
                 optimiser.step()
-                # Summed on the device and read once an epoch: the step never waits for it.
-                for name, value in terms.items():
-                    at.totals[name] = at.totals.get(name, 0) + value.detach().double() * len(batch.labels)
-                over_batches = terms["loss"].detach().double() * batch.share / len(batches)
-                at.totals["over batches"] = at.totals.get("over batches", 0) + over_batches
+
+                terms["train_top1"] = 100 * (student.logits.argmax(1) == batch.labels).double().mean()
+                at.add(terms, len(batch.labels), batch.share / len(batches))
                 bar.update(min(batches.batch_size, batches.n_images - bar.n))
                 if keeper.due():
                     at.iteration, at.seconds = iteration + 1, time.perf_counter() - started
-                    keeper.save(_snapshot(network, optimiser, at, processes))
-        sums = _over_all(at.totals, processes)
-        over_batches = sums.pop("over batches").item()
-        means = dict(zip(sums, (torch.stack(list(sums.values())) / batches.n_images).tolist(), strict=True))
-        _check_finite(means["loss"], network, epoch)
+                    processes.average_buffers(network)
+                    keeper.save(_snapshot(network, objective, optimiser, at, processes))
+        # Each process normalised its own parts of the batches; what is kept has the mean of their statistics.
+        processes.average_buffers(network)
+        means = at.means(batches.n_images, processes)
+        _check_finite(means["train_loss"], trained, epoch)
         figures = {
             "epoch": epoch + 1,
-            "train_loss": means.pop("loss"),
-            "train_loss_over_batches": over_batches,
             **means,
+            "alpha": mean_alpha[epoch],
             "learning_rate": learning_rate(epoch),
             "seconds": time.perf_counter() - started,
+            **(validate() if validate else {}),
         }
         at = Position(epoch + 1)
         keeper.figures.append(figures)
         yield figures
         if keeper.path:
-            keeper.save(_snapshot(network, optimiser, at, processes))
+            keeper.save(_snapshot(network, objective, optimiser, at, processes))
 
 
 def _bar(name: str, batches: Batches, iteration: int, processes: Processes) -> tqdm:
@@ -99,23 +111,54 @@ def _bar(name: str, batches: Batches, iteration: int, processes: Processes) -> t
 
 @dataclass
 class Position:
-    """Where a run is: the epoch, the iterations of it that are done, the seconds they took, and their sums."""
+    """Where a run is: the epoch, the iterations of it that are done, the seconds they took, the sums of its figures.
+
+    totals: of each scalar over the images so far; over_batches: the loss over the batches so far, each divided by their
+    number. Both are summed on the device and read once an epoch: the step never waits for it.
+    """
 
     epoch: int = 0
     iteration: int = 0
     seconds: float = 0.0
     totals: Terms = field(default_factory=dict)
+    over_batches: torch.Tensor | float = 0.0
+
+    def add(self, terms: Terms, images: int, share: float) -> None:
+        """Add a step's scalars, means over so many images, which are this share of the epoch's batches."""
+        for name, value in terms.items():
+            self.totals[name] = self.totals.get(name, 0) + value.detach().double() * images
+        self.over_batches = self.over_batches + terms["loss"].detach().double() * share
+
+    def means(self, images: int, processes: Processes) -> Figures:
+        """The epoch's means, over all processes and so many images."""
+        sums = self.over_all(processes)
+        means = {name: (total / images).item() for name, total in sums.totals.items()}
+        return {"train_loss": means.pop("loss"), "train_loss_over_batches": sums.over_batches.item(), **means}
+
+    def over_all(self, processes: Processes) -> "Position":
+        """The same with the sums of all processes."""
+        if not self.totals:
+            return self
+        values = torch.stack([*self.totals.values(), self.over_batches])
+        processes.all_reduce_sum(values)
+        *totals, over_batches = values
+        return replace(self, totals=dict(zip(self.totals, totals, strict=True)), over_batches=over_batches)
 
 
-def _snapshot(network: CifarResNet, optimiser: torch.optim.Optimizer, at: Position, processes: Processes) -> State:
+def _snapshot(
+    network: CifarResNet,
+    objective: torch.nn.Module,
+    optimiser: torch.optim.Optimizer,
+    at: Position,
+    processes: Processes,
+) -> State:
     """A copy of all that the steps to come depend on, as tensors on the CPU and plain types."""
-    if not any(isinstance(module, torch.nn.SyncBatchNorm) for module in network.modules()):
-        processes.average_buffers(network)
     return _copied(
         {
             "network": network.state_dict(),
+            "parts": objective.state_dict(),
             "optimiser": optimiser.state_dict(),
-            "position": vars(replace(at, totals=_over_all(at.totals, processes))),
+            "position": vars(at.over_all(processes)),
             "random": torch.get_rng_state(),
         }
     )
@@ -129,33 +172,32 @@ def _copied(value: object) -> object:
     return value
 
 
-def _over_all(totals: Terms, processes: Processes) -> Terms:
-    """The sums over the images of all processes."""
-    if not totals:
-        return {}
-    values = torch.stack(list(totals.values()))
-    processes.sum(values)
-    return dict(zip(totals, values, strict=True))
-
-
-def _restore(state: State, network: CifarResNet, optimiser: torch.optim.Optimizer, runtime: Runtime) -> Position:
+def _restore(
+    state: State,
+    network: CifarResNet,
+    objective: torch.nn.Module,
+    optimiser: torch.optim.Optimizer,
+    runtime: Runtime,
+) -> Position:
     network.load_state_dict(state["network"])
+    objective.load_state_dict(state["parts"])
     optimiser.load_state_dict(state["optimiser"])
     torch.set_rng_state(state["random"])
     at = Position(**state["position"])
     # The sums are of all processes, so one alone goes on with them.
     mine = float(runtime.processes.main)
     at.totals = {name: total.to(runtime.device) * mine for name, total in at.totals.items()}
+    at.over_batches = torch.as_tensor(at.over_batches, dtype=torch.float64, device=runtime.device) * mine
     return at
 
 
-def _check_finite(loss: float, network: CifarResNet, epoch: int) -> None:
-    weights_finite = torch.stack([value.isfinite().all() for value in network.parameters()]).all()
+def _check_finite(loss: float, trained: torch.nn.Module, epoch: int) -> None:
+    weights_finite = torch.stack([value.isfinite().all() for value in trained.parameters()]).all()
     if not (abs(loss) < float("inf") and weights_finite):
         raise Diverged(f"training diverged in epoch {epoch + 1}: the loss is {loss}; try a smaller --learning_rate")
 
 
-def evaluate(network: CifarResNet, batches: Batches, runtime: Runtime) -> dict[str, float]:
+def evaluate(network: CifarResNet, batches: Batches, runtime: Runtime) -> Figures:
     """Figures of the network on the images of `batches`, which must be in order: no shuffling, no augmentation.
 
     top1, top5: percent. mean_ce: the plain mean of the cross-entropy over the images, in nats. test_loss: the sum over
@@ -173,7 +215,7 @@ def evaluate(network: CifarResNet, batches: Batches, runtime: Runtime) -> dict[s
             hits = logits.topk(min(5, logits.shape[1])).indices == batch.labels.unsqueeze(1)
             losses = F.cross_entropy(logits, batch.labels, reduction="none")
             figures[batch.index] = torch.stack([losses, hits[:, 0], hits.any(1)], dim=1).double()
-    runtime.processes.sum(figures)
+    runtime.processes.all_reduce_sum(figures)
     per_image, top1, top5 = figures.cpu().unbind(1)
     return {
         "top1": 100 * top1.mean().item(),

@@ -1,6 +1,5 @@
-"""One job: from a recipe to a tested checkpoint and a result on the disk."""
+"""One job: from a recipe to a tested checkpoint and a result. Owns every path, and what "the same run" is."""
 
-import json
 import math
 import platform
 import shlex
@@ -8,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -17,21 +17,23 @@ import checkpoint
 import engine
 import losses
 import models
-from data import Batch, Batches, Dataset, Split
-from recipes import RECIPES, Recipe
-from teacher import Teacher
-from util.files import remove_leftovers, sha256, write_json
-from util.runstate import Keeper, refuse_difference
+from data import Batches, Dataset, Split
+from recipes import RECIPES, Recipe, described
+from report.results import Result, epochs_csv
+from teacher import Normalisation, Teacher
+from util.convolution import Conv3x3
+from util.files import remove_leftovers, replacing, sha256
+from util.runstate import Keeper, differences, refuse_difference
 from util.runtime import Diverged, Runtime, UserError, compiled, inference_batch, say
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a job runs in: the data set, the hardware, the folders it writes to, and the choices that no row makes.
+    """What a job runs in: the data set, the runtime, the folders it writes to, and the choices that no row makes.
 
-    seed: of the weights and of the data's order. augment: random crop and flip of the training images. weights: the
-    teacher's start, see checkpoint.start_teacher. compile_mode: "auto", "on" or "off", see forward_of.
-    mode: "new", "resume" or "overwrite", what to do with the state of an unfinished run, see runstate.Keeper.begin.
+    seed: of the weights and of the data's order. name: of this run, where it is not to have its job's. augment: random
+    crop and flip of the training images. weights: the teacher's start, see checkpoint.start_teacher. compile: the
+    network that is trained. mode: "new", "resume" or "overwrite", what to do with what an earlier run left.
     sync_bn: of several processes on CUDA, batch norm takes its statistics over all parts of a batch.
     """
 
@@ -40,32 +42,126 @@ class Setup:
     checkpoint_dir: Path
     results_dir: Path
     seed: int = 0
+    name: str | None = None
     augment: bool = False
     weights: str = "imagenet"
-    compile_mode: str = "auto"
+    compile: bool = False
     mode: str = "new"
     sync_bn: bool = True
+
+
+class Paths(NamedTuple):
+    """Where a run's files are. checkpoint: its weights; state: of the unfinished run; result: its JSON."""
+
+    checkpoint: Path
+    state: Path
+    result: Path
+
+    @property
+    def epochs(self) -> Path:
+        """The figures of each epoch, as CSV."""
+        return self.result.with_suffix(".csv")
+
+
+class Trained(NamedTuple):
+    """A network from a checkpoint, and what the file says of it; None where it says nothing."""
+
+    network: models.CifarResNet
+    about: dict[str, Any] | None
+
+    @property
+    def normalisation(self) -> Normalisation | None:
+        """Mean and standard deviation of its images' channels, where the checkpoint tells them."""
+        return self.about and (tuple(self.about["mean"]), tuple(self.about["std"]))
+
+
+def checkpoint_path(recipe: Recipe, folder: Path, seed: int = 0, name: str | None = None) -> Path:
+    """Where a run's checkpoint is in the folder of the checkpoints: those of seed 0 there, others in seed<k>/."""
+    return (folder / f"seed{seed}" if seed else folder) / f"{name or recipe.checkpoint}.pth"
+
+
+def paths(recipe: Recipe, setup: Setup) -> Paths:
+    """Where the files of this run are."""
+    weights = checkpoint_path(recipe, setup.checkpoint_dir, setup.seed, setup.name)
+    result = setup.results_dir / f"{setup.name or recipe.job}_seed{setup.seed}.json"
+    return Paths(weights, weights.with_name(f"{weights.stem}.state"), result)
+
+
+def identity(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> dict[str, Any]:
+    """What makes two runs the same run: a result of the same identity need not be made again."""
+    dataset = setup.dataset
+    data = {
+        "train_images": len(dataset.train.labels),
+        "test_images": len(dataset.test.labels),
+        "classes": dataset.num_classes,
+        "image_size": dataset.image_size,
+        "fingerprint": dataset.fingerprint,
+        "test_fingerprint": dataset.test_fingerprint,
+        "val_images": len(dataset.val.labels) if dataset.val else 0,
+    }
+    return {
+        "job": recipe.job,
+        "dataset": dataset.name,
+        "data": data,
+        "seed": setup.seed,
+        "augment": setup.augment,
+        "precision": setup.runtime.precision,
+        "batch_norm": _batch_norm(setup),
+        "recipe": described(replace(recipe, settings=losses.settings_of(recipe))),
+        "weights": setup.weights if recipe.network == "teacher" else None,
+        "teacher": teacher and {"sha256": teacher.sha256},
+        "warm_start": None,
+    }
+
+
+def finished(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> Result | None:
+    """The result of this very run, where it is on the disk with the checkpoint that it is about; else None.
+
+    Raises UserError where the work of another run is in its place: nothing finished is replaced unasked.
+    """
+    there, now = paths(recipe, setup), identity(recipe, setup, teacher)
+    result = Result.read(there.result) if there.result.exists() else None
+    if result:
+        refuse_difference(asdict(result), now, there.result, ADVICE)
+        return result if there.checkpoint.exists() and result.checkpoint_sha256 == sha256(there.checkpoint) else None
+    if there.checkpoint.exists():
+        _, about = checkpoint.read(there.checkpoint, ADVICE)
+        if not (about and "run" in about):
+            raise UserError(
+                f"{there.checkpoint} is there, and {there.result}, which would tell its run, is not; {ADVICE}"
+            )
+        refuse_difference(about["run"], now, there.checkpoint, ADVICE)
+    return None
+
+
+ADVICE = "give this run a --name of its own or other folders, or replace that one with --overwrite"
 
 
 def train(recipe: Recipe, setup: Setup, teacher: Teacher | None = None) -> None:
     """Train a recipe's network, save it, test it; print the lines of both and write the result.
 
-    teacher: for the rows that distil.
+    teacher: for the rows that distil. A run that is finished is told of, not made again, but with mode "overwrite".
     Raises Diverged (no checkpoint is written), Stopped (a signal came; the run's state is saved), UserError (a bad
-    combination, a full disk, a run state in the way or of other settings, a run that another process is making).
+    combination, a full disk, other work in the way, a run that another process is making).
     """
-    processes = setup.runtime.processes
+    processes, there = setup.runtime.processes, paths(recipe, setup)
     _check_batches(recipe, setup.dataset, processes.size)
-    keeper = Keeper(state_path(recipe, setup), identity(recipe, setup, teacher), processes)
+    run, shorter = identity(recipe, setup, teacher), _shorter(recipe, setup, teacher)
+    if shorter:
+        run["warm_start"] = {"epochs": len(shorter.epochs), "checkpoint_sha256": shorter.checkpoint_sha256}
+    keeper = Keeper(there.state, run, processes)
     with keeper.locked():
         if processes.main:
-            remove_leftovers(checkpoint_path(recipe, setup))
-        keeper.begin(setup.mode)
-        if setup.mode == "resume" and keeper.state is None and is_finished(recipe, setup, teacher):
-            say(f"{recipe.job}, seed {setup.seed}: finished already")
+            remove_leftovers(there.checkpoint)
+        replaces = there.state.exists() or setup.mode == "overwrite" or shorter
+        done = None if replaces else finished(recipe, setup, teacher)
+        if done:
+            say(f"{there.result.stem}: finished already, see {there.result}; --overwrite trains it anew")
+            print_figures(done.test)
             return
+        keeper.begin(setup.mode)
         try:
-            network = _trained(recipe, setup, teacher, keeper)
+            network = _trained(recipe, setup, teacher, keeper, shorter)
             figures = evaluate(network, setup.dataset, plain(setup.runtime))
             if not math.isfinite(figures["mean_ce"]):  # the last step alone spoilt it
                 raise Diverged(f"training diverged: the Test Loss is {figures['test_loss']}")
@@ -73,70 +169,169 @@ def train(recipe: Recipe, setup: Setup, teacher: Teacher | None = None) -> None:
             keeper.finish()  # such a run can't go on
             raise
         if processes.main:
-            checkpoint.save(network, checkpoint_path(recipe, setup))
+            checkpoint.save(network, there.checkpoint, about(recipe, setup, run))
         print_figures(figures)
         if processes.main:
-            write_json(_result(recipe, setup, teacher, keeper.figures, figures), result_path(recipe, setup))
+            result = _result(recipe, setup, teacher, run, keeper.figures, figures)
+            with replacing(there.epochs) as file:
+                file.write(epochs_csv(result).encode())
+            result.write(there.result)
         keeper.finish()
 
 
-def _result(
-    recipe: Recipe, setup: Setup, teacher: Teacher | None, epochs: list[dict[str, float]], figures: dict[str, float]
-) -> dict:
-    """What is kept of a finished run: what it was, and the figures of its epochs and of its test."""
-    seconds = sum(epoch["seconds"] for epoch in epochs)
-    path = checkpoint_path(recipe, setup)
+def _shorter(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> Result | None:
+    """With --resume, the finished run of fewer epochs, and otherwise this very run, that this one trains on from.
+
+    Raises UserError where alpha is scheduled: its values depend on the number of epochs, so such a run is another one.
+    """
+    there = paths(recipe, setup)
+    if setup.mode != "resume" or not (there.result.exists() and there.checkpoint.exists()):
+        return None
+    result, now = Result.read(there.result), identity(recipe, setup, teacher)
+    if list(differences(asdict(result), now)) != ["recipe.epochs"] or result.recipe["epochs"] > recipe.epochs:
+        return None
+    if isinstance(recipe.alpha, str):
+        raise UserError(
+            f"{there.result} is of {result.recipe['epochs']} epochs, and the alpha of {recipe.job} ({recipe.alpha}) "
+            f"depends on their number: more can't be added; {ADVICE}"
+        )
+    return result if result.checkpoint_sha256 == sha256(there.checkpoint) else None
+
+
+def about(recipe: Recipe, setup: Setup, run: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's figures depend on besides its weights, to be kept in it."""
+    dataset = setup.dataset
     return {
-        **identity(recipe, setup, teacher),
-        "teacher_top1": teacher and teacher.top1,
-        "epochs": epochs,
-        "test": figures,
-        "seconds": seconds,
-        "images_per_second": recipe.epochs * len(setup.dataset.train.labels) / seconds,
-        "checkpoint": path.name,
-        "checkpoint_sha256": sha256(path),
-        "versions": versions(),
-        "device": setup.runtime.describe(),
-        "processes": setup.runtime.processes.size,
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "job": recipe.job,
+        "network": recipe.network,
+        "stem": "small",
+        "classes": list(dataset.classes),
+        "image_size": dataset.image_size,
+        "mean": list(dataset.mean),
+        "std": list(dataset.std),
+        "run": run,
     }
 
 
-def _trained(recipe: Recipe, setup: Setup, teacher: Teacher | None, keeper: Keeper) -> models.CifarResNet:
+def _result(
+    recipe: Recipe,
+    setup: Setup,
+    teacher: Teacher | None,
+    run: dict[str, Any],
+    epochs: list[engine.Figures],
+    figures: engine.Figures,
+) -> Result:
+    """What is kept of a finished run: what it was, and the figures of its epochs and of its test."""
+    there, seconds = paths(recipe, setup), sum(epoch["seconds"] for epoch in epochs)
+    return Result(
+        **run,
+        name=setup.name or recipe.job,
+        teacher_top1=teacher and teacher.top1,
+        epochs=epochs,
+        test=figures,
+        seconds=seconds,
+        images_per_second=recipe.epochs * len(setup.dataset.train.labels) / seconds,
+        checkpoint=there.checkpoint.name,
+        checkpoint_sha256=sha256(there.checkpoint),
+        versions=versions(),
+        device=setup.runtime.describe(),
+        processes=setup.runtime.processes.size,
+        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    )
+
+
+def _trained(
+    recipe: Recipe, setup: Setup, teacher: Teacher | None, keeper: Keeper, shorter: Result | None
+) -> models.CifarResNet:
     """The network after its training, from wherever the keeper's state is; prints a line an epoch."""
-    dataset, device, processes = setup.dataset, setup.runtime.device, setup.runtime.processes
-    torch.manual_seed(setup.seed)
-    network = models.build(recipe.network, dataset.num_classes)
-    if recipe.network == "teacher":
-        with processes.first_on_its_machine():
-            checkpoint.start_teacher(network, setup.weights)
-    if _batch_norm(setup) == "whole batch" and processes.size > 1:
-        network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    elif processes.size > 1 and setup.sync_bn:
-        say("batch norm: on a CPU each process normalises its own part of a batch; SyncBatchNorm needs CUDA")
-    network = network.to(device, memory_format=torch.channels_last)
+    dataset, runtime, processes = setup.dataset, setup.runtime, setup.runtime.processes
+    network = _fresh(recipe, setup, keeper, shorter)
     batches = Batches(
-        dataset.train, dataset.mean, dataset.std, recipe.batch_size, device,
+        dataset.train, dataset.mean, dataset.std, recipe.batch_size, runtime.device,
         shuffle=True, seed=setup.seed, augment=setup.augment, processes=processes,
     )  # fmt: skip
-    loss = batch_loss(recipe, forward_of(network, batches, setup.runtime, setup.compile_mode), teacher, batches)
+    source, objective = aim(recipe, network, teacher, batches)
     if keeper.state:
         at = keeper.state["position"]
         say(f"{recipe.job}: going on after {at['epoch']} epochs and {at['iteration']} batches")
+    elif shorter:
+        keeper.figures.extend(shorter.epochs)
     with keeper.listening():
         for figures in engine.fit(
             network,
             batches,
-            loss,
-            lambda epoch: engine.step_lr(recipe.learning_rate, epoch, recipe.scheduler_step),
-            recipe.epochs,
-            setup.runtime,
-            recipe.job,
-            keeper,
+            objective,
+            alpha=losses.alpha_schedule(recipe.alpha, recipe.epochs, len(batches)),
+            learning_rate=lambda epoch: engine.step_lr(recipe.learning_rate, epoch, recipe.scheduler_step),
+            runtime=runtime,
+            teacher=source,
+            forward=forward_of(network, batches, runtime) if setup.compile else network,
+            validate=validation(network, dataset, runtime),
+            keeper=keeper,
+            title=recipe.job,
+            start=len(shorter.epochs) if shorter else 0,
         ):
             loss = figures["train_loss_over_batches"]
             print(f"Epoch [{figures['epoch']}/{recipe.epochs}], Train Loss: {loss:.8f}", flush=True)
+            say(epoch_line(figures, recipe.epochs, len(dataset.train.labels)))
     return network
+
+
+def _fresh(recipe: Recipe, setup: Setup, keeper: Keeper, shorter: Result | None) -> models.CifarResNet:
+    """The network as its training starts, on its device; one that goes on gets its weights from the state later."""
+    runtime, processes = setup.runtime, setup.runtime.processes
+    torch.manual_seed(setup.seed)
+    network = models.build(recipe.network, setup.dataset.num_classes)
+    if shorter and not keeper.state:
+        path = paths(recipe, setup).checkpoint
+        say(f"{recipe.job}: training on from the {len(shorter.epochs)} epochs of {path}, with a fresh optimizer")
+        checkpoint.load(network, recipe.network, path, ADVICE)
+    elif recipe.network == "teacher" and not keeper.state:
+        with processes.first_on_its_machine():
+            checkpoint.start_teacher(network, setup.weights)
+    if runtime.device.type == "cpu":
+        Conv3x3.replace_all(network)
+    if _batch_norm(setup) == "whole batch" and processes.size > 1:
+        network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    elif processes.size > 1 and setup.sync_bn:
+        say("batch norm: on a CPU each process normalises its own part of a batch; SyncBatchNorm needs CUDA")
+    return network.to(runtime.device, memory_format=torch.channels_last)
+
+
+def aim(
+    recipe: Recipe, network: models.CifarResNet, teacher: Teacher | None, batches: Batches
+) -> tuple[Callable | None, losses.Objective]:
+    """What engine.fit asks for the teacher's outputs, None without a teacher, and what it minimises."""
+    if teacher is None:
+        return None, losses.Objective(recipe)
+    shapes = [models.shapes(net, batches.size) for net in (network, teacher.network)]
+    return teacher.source(batches, losses.needs_of(recipe)), losses.Objective(recipe, *shapes).to(batches.device)
+
+
+def validation(network: models.CifarResNet, dataset: Dataset, runtime: Runtime) -> Callable[[], engine.Figures] | None:
+    """The network's figures on the held-out images, to be asked for after each epoch; None where there are none."""
+    if dataset.val is None:
+        return None
+    held_out = in_order(dataset.val, dataset, runtime)
+
+    def figures() -> engine.Figures:
+        tested = engine.evaluate(network, held_out, plain(runtime))
+        return {"val_loss": tested["mean_ce"], "val_top1": tested["top1"]}
+
+    return figures
+
+
+def epoch_line(figures: engine.Figures, epochs: int, images: int) -> str:
+    """An epoch's figures in one line whose columns stand under those of the line before."""
+    others = ("epoch", "train_loss", "train_loss_over_batches", "train_top1", "alpha", "learning_rate", "seconds")
+    terms = {name: value for name, value in figures.items() if name not in others}
+    val = {name: terms.pop(name) for name in ("val_loss", "val_top1") if name in terms}
+    parts = [f"epoch {figures['epoch']:>{len(str(epochs))}}/{epochs}", f"loss {figures['train_loss']:8.4f}"]
+    parts += [f"{name} {value:8.4f}" for name, value in terms.items()]
+    parts += [f"top-1 {figures['train_top1']:6.2f}"]
+    parts += [f"val loss {val['val_loss']:7.4f}  val top-1 {val['val_top1']:6.2f}"] if val else []
+    parts += [f"alpha {figures['alpha']:.3f}", f"lr {figures['learning_rate']:.1e}"]
+    return "  ".join([*parts, f"{images / figures['seconds']:,.0f} images/s"])
 
 
 def _batch_norm(setup: Setup) -> str:
@@ -147,60 +342,22 @@ def _batch_norm(setup: Setup) -> str:
     return f"each of {size} parts of a batch"
 
 
-def is_finished(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> bool:
-    """Whether this very run is on the disk, its result and the checkpoint that the result is about.
-
-    Raises UserError where a result of other settings is in its place.
-    """
-    result, weights = result_path(recipe, setup), checkpoint_path(recipe, setup)
-    if not (result.exists() and weights.exists()):
-        return False
-    found = json.loads(result.read_text())
-    advice = "choose another --results_dir and --checkpoint_dir, or delete it"
-    refuse_difference(found, identity(recipe, setup, teacher), result, advice)
-    return found["checkpoint_sha256"] == sha256(weights)
-
-
 def forward_of(
-    network: models.CifarResNet, batches: Batches, runtime: Runtime, compile_mode: str
+    network: models.CifarResNet, batches: Batches, runtime: Runtime
 ) -> Callable[[torch.Tensor], models.Outputs]:
-    """What to call for the network's outputs in training: the network, or it compiled, on the very same weights.
-
-    "auto" compiles where that was measured to pay for itself, so far nowhere: on a CPU neither network gains by it, and
-    on CUDA it is still to be measured.
-    """
-    if compile_mode != "on":
-        return network
+    """The network compiled for the batches, on the very same weights."""
     images = batches.batch_size // runtime.processes.size
     return compiled(network, (images, 3, batches.size, batches.size), runtime)
 
 
-def batch_loss(
-    recipe: Recipe, forward: Callable[[torch.Tensor], models.Outputs], teacher: Teacher | None, batches: Batches
-) -> Callable[[Batch, int, int], engine.Terms]:
-    """The function that engine.fit minimises: from a batch, its epoch and its iteration to the loss and its terms."""
-    objective = losses.objective(recipe)
-    alpha = losses.alpha_schedule(recipe.alpha, recipe.epochs, len(batches)).to(batches.device)
-    targets = teacher and teacher.source(batches, recipe.compares_maps)
-
-    def loss(batch: Batch, epoch: int, iteration: int) -> engine.Terms:
-        student = forward(batch.images)
-        terms = objective(student, targets and targets(batch), batch.labels, alpha[epoch, iteration])
-        terms["alpha"] = alpha[epoch, iteration]
-        terms["train_top1"] = 100 * (student.logits.argmax(1) == batch.labels).double().mean()
-        return terms
-
-    return loss
-
-
-def test(network: models.CifarResNet, dataset: Dataset, runtime: Runtime) -> dict[str, float]:
+def test(trained: Trained, dataset: Dataset, runtime: Runtime) -> engine.Figures:
     """Test the network on the data set's test images; print the figures and give them."""
-    figures = evaluate(network, dataset, runtime)
+    figures = evaluate(trained.network, dataset, runtime, trained.normalisation)
     print_figures(figures)
     return figures
 
 
-def print_figures(figures: dict[str, float]) -> None:
+def print_figures(figures: engine.Figures) -> None:
     """The lines of a test."""
     print(
         f"Test Loss: {figures['test_loss']:.8f}, Top-1 test Accuracy: {figures['top1']:.8f}%, "
@@ -209,15 +366,18 @@ def print_figures(figures: dict[str, float]) -> None:
     print(f"Mean test cross-entropy: {figures['mean_ce']:.8f}", flush=True)
 
 
-def evaluate(network: models.CifarResNet, dataset: Dataset, runtime: Runtime) -> dict[str, float]:
-    """engine.evaluate on the data set's test images."""
-    return engine.evaluate(network, in_order(dataset.test, dataset, runtime), runtime)
+def evaluate(
+    network: models.CifarResNet, dataset: Dataset, runtime: Runtime, normalisation: Normalisation | None = None
+) -> engine.Figures:
+    """engine.evaluate on the data set's test images, normalised so, or else as the data set is."""
+    return engine.evaluate(network, in_order(dataset.test, dataset, runtime, normalisation), runtime)
 
 
-def in_order(split: Split, dataset: Dataset, runtime: Runtime) -> Batches:
+def in_order(split: Split, dataset: Dataset, runtime: Runtime, normalisation: Normalisation | None = None) -> Batches:
     """All images of the split, in order, in batches for inference."""
     device = runtime.device
-    return Batches(split, dataset.mean, dataset.std, inference_batch(device), device, processes=runtime.processes)
+    mean, std = normalisation or (dataset.mean, dataset.std)
+    return Batches(split, mean, std, inference_batch(device), device, processes=runtime.processes)
 
 
 def plain(runtime: Runtime) -> Runtime:
@@ -225,67 +385,60 @@ def plain(runtime: Runtime) -> Runtime:
     return replace(runtime, precision="fp32")
 
 
-def load_network(job: str, folder: Path, dataset: Dataset, file: Path | None = None) -> models.CifarResNet:
-    """The trained network of a job, from `file` or from its checkpoint in the folder. Raises UserError."""
-    recipe = RECIPES[job]
+def load(recipe: Recipe, path: Path, dataset: str = "cifar100") -> Trained:
+    """The trained network of a recipe, from its checkpoint. Raises UserError.
+
+    dataset: a name, for the command that would make a checkpoint that is missing.
+    """
     script = "train_distillation.py" if recipe.distils else "train.py"
-    flags = "" if dataset.name == "cifar100" else f" --dataset {dataset.name}"
-    path = file or folder / f"{recipe.checkpoint}.pth"
-    network = models.build(recipe.network, dataset.num_classes)
-    hint = f"make it with: python {script} --model_job {job}{flags}"
-    return checkpoint.load(network, recipe.network, path, hint)
+    flags = "" if dataset == "cifar100" else f" --dataset {dataset}"
+    hint = f"make it with: python {script} --model_job {recipe.job}{flags}"
+    state, about = checkpoint.read(path, hint)
+    holds = checkpoint.describe(state)
+    network = models.build(recipe.network, holds.classes, holds.stem)
+    return Trained(checkpoint.load(network, recipe.network, path, hint), about)
 
 
-def make_teacher(network: models.CifarResNet, path: Path, setup: Setup, cache: str, rows: list[Recipe]) -> Teacher:
+def check_fit(trained: Trained, dataset: Dataset, path: Path) -> None:
+    """Refuse a network of other classes than the data set's, or of another image size. Raises UserError."""
+    classes = trained.network.fc.out_features
+    if classes != dataset.num_classes:
+        raise UserError(f"{path} tells {classes} classes apart, the data set has {dataset.num_classes}")
+    if trained.about is None:
+        return
+    for ours, theirs in zip(dataset.classes, trained.about["classes"], strict=True):
+        if ours != theirs:
+            raise UserError(f"{path} was trained on other classes: {theirs} stands where the data set has {ours}")
+
+
+def make_teacher(trained: Trained, path: Path, setup: Setup, cache: bool, rows: list[Recipe]) -> Teacher:
     """The frozen teacher, tested once, so that nobody distils from a dead one unknowingly; prints its top-1.
 
-    cache: "auto" remembers the teacher's outputs where that saves time, "off" runs it at every step. rows: those that
-    will be distilled.
+    cache: remember the teacher's outputs where that saves time, or run it at every step. rows: those that will be
+    distilled. Raises UserError for a teacher of other classes.
     """
-    top1 = evaluate(network, setup.dataset, plain(setup.runtime))["top1"]
-    print(f"Teacher Top-1: {top1:.8f}%", flush=True)
-    cache_dir = setup.checkpoint_dir / "teacher_cache" if cache == "auto" else None
-    return Teacher(network, setup.runtime, sha256(path), top1, cache_dir, any(row.compares_maps for row in rows))
-
-
-def identity(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> dict:
-    """What makes two runs the same run: a result of the same identity need not be made again."""
     dataset = setup.dataset
-    row = {key: value for key, value in asdict(recipe).items() if key != "reference"}
-    return {
-        "job": recipe.job,
-        "dataset": dataset.name,
-        "data": {
-            "train_images": len(dataset.train.labels),
-            "test_images": len(dataset.test.labels),
-            "classes": dataset.num_classes,
-            "image_size": dataset.image_size,
-            "fingerprint": dataset.fingerprint,
-            "test_fingerprint": dataset.test_fingerprint,
-        },
-        "seed": setup.seed,
-        "augment": setup.augment,
-        "precision": setup.runtime.precision,
-        "batch_norm": _batch_norm(setup),
-        "recipe": row,
-        "weights": setup.weights if recipe.network == "teacher" else None,
-        "teacher": teacher and {"sha256": teacher.sha256},
-    }
+    check_fit(trained, dataset, path)
+    if trained.about and trained.about["image_size"] != dataset.image_size:
+        own, size = trained.about["image_size"], dataset.image_size
+        say(f"the teacher was trained on images of {own}x{own} pixels and is shown images of {size}x{size}")
+    top1 = evaluate(trained.network, dataset, plain(setup.runtime), trained.normalisation)["top1"]
+    print(f"Teacher Top-1: {top1:.8f}%", flush=True)
+    return Teacher(
+        trained.network,
+        setup.runtime,
+        sha256(path),
+        top1,
+        cache_dir=setup.checkpoint_dir / "teacher_cache" if cache else None,
+        needs=frozenset().union(*map(losses.needs_of, rows)),
+        shown=(dataset.mean, dataset.std),
+        normalisation=trained.normalisation,
+    )
 
 
-def checkpoint_path(recipe: Recipe, setup: Setup) -> Path:
-    """Where a run's checkpoint is kept."""
-    return setup.checkpoint_dir / f"{recipe.checkpoint}.pth"
-
-
-def state_path(recipe: Recipe, setup: Setup) -> Path:
-    """Where the state of a run is kept while it is not finished."""
-    return setup.checkpoint_dir / f"{recipe.checkpoint}.state"
-
-
-def result_path(recipe: Recipe, setup: Setup) -> Path:
-    """Where a run's result is kept."""
-    return setup.results_dir / f"{recipe.job}_seed{setup.seed}.json"
+def teacher_path(folder: Path) -> Path:
+    """Where the teacher that students are distilled from is, unless told otherwise."""
+    return checkpoint_path(RECIPES["teacher"], folder)
 
 
 def versions() -> dict[str, str]:

@@ -1,7 +1,8 @@
-"""The networks: torchvision's ResNet-50 and ResNet-18 with a CIFAR stem, and the student with a projector."""
+"""The networks: torchvision's ResNets with a stem for small images, or their own, and the student with a projector."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -9,26 +10,41 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from util.convolution import Conv3x3
-
 TEACHER_MAP = 2048  # channels of the teacher's last feature map
 STUDENT_MAP = 512  # and of the student's
+
+STAGES = ("stage1", "stage2", "stage3", "stage4")  # of a ResNet, its layer1 to layer4
 
 
 class Outputs(NamedTuple):
     """What a network gives for B images; losses take what they need of it.
 
     logits: float32 (B, classes).
-    layer4: the last feature map, before pooling: (B, 512, H, W) for a ResNet-18, (B, 2048, H, W) for a ResNet-50, with
-        H = W = image side / 8, rounded up.
-    projected: a feature student's layer4 brought to the teacher's shape, (B, 2048, H, W).
-    head: of a teacher, its frozen classifier: a function from a map like layer4 to logits.
+    last_map: the last feature map, before pooling: (B, 512, H, W) for a ResNet-18, (B, 2048, H, W) for a ResNet-50;
+        H = W is the image's side / 8 with the stem for small images, / 32 with torchvision's own, rounded up.
+    maps: the feature maps at the ends of the stages, (B, C, H, W) each, under the stages' names, "stage1" the first.
+    projected: a feature student's last map brought to the teacher's channels, (B, 2048, H, W).
+    head: of a teacher, its frozen classifier: a function from a map like last_map to logits.
+    index: int64 (B,), which of the training images these are; given with a teacher's outputs.
     """
 
     logits: torch.Tensor | None = None
-    layer4: torch.Tensor | None = None
+    last_map: torch.Tensor | None = None
+    maps: Mapping[str, torch.Tensor] = MappingProxyType({})
     projected: torch.Tensor | None = None
     head: Callable[[torch.Tensor], torch.Tensor] | None = None
+    index: torch.Tensor | None = None
+
+
+class Shapes(NamedTuple):
+    """The shapes of a network's outputs for one image, from which a loss makes its learnt parts.
+
+    classes: of the logits. last_map: (C, H, W). maps: (C, H, W) under each stage's name.
+    """
+
+    classes: int
+    last_map: tuple[int, int, int]
+    maps: Mapping[str, tuple[int, int, int]]
 
 
 class CifarResNet(ResNet):
@@ -40,21 +56,27 @@ class CifarResNet(ResNet):
         self.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
         self.maxpool = nn.Identity()
         self.fc = nn.Linear(self.fc.in_features, num_classes)
-        Conv3x3.replace_all(self)
 
-    def classify(self, layer4: torch.Tensor) -> torch.Tensor:
+    def use_standard_stem(self) -> None:
+        """Take torchvision's own stem for large images: conv1 7x7 of stride 2, and a maxpool of stride 2."""
+        self.conv1 = nn.Conv2d(3, 64, kernel_size=7, stride=2, padding=3, bias=False)
+        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+
+    def classify(self, last_map: torch.Tensor) -> torch.Tensor:
         """Logits (B, classes) of a last feature map.
 
         In the weights' own precision, float32, whatever the autocast: logits rounded to bfloat16 tie, and a tie is
         settled by the class's number.
         """
-        with torch.autocast(layer4.device.type, enabled=False):
-            return self.fc(torch.flatten(self.avgpool(layer4.to(self.fc.weight.dtype)), 1))
+        with torch.autocast(last_map.device.type, enabled=False):
+            return self.fc(torch.flatten(self.avgpool(last_map.to(self.fc.weight.dtype)), 1))
 
     def forward(self, images: torch.Tensor) -> Outputs:
-        x = self.relu(self.bn1(self.conv1(images)))
-        layer4 = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return Outputs(logits=self.classify(layer4), layer4=layer4)
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        maps = {}
+        for name, stage in zip(STAGES, (self.layer1, self.layer2, self.layer3, self.layer4), strict=True):
+            maps[name] = x = stage(x)
+        return Outputs(logits=self.classify(x), last_map=x, maps=maps)
 
 
 class FeatureStudent(CifarResNet):
@@ -66,7 +88,7 @@ class FeatureStudent(CifarResNet):
 
     def forward(self, images: torch.Tensor) -> Outputs:
         outputs = super().forward(images)
-        return outputs._replace(projected=self.proj(outputs.layer4))
+        return outputs._replace(projected=self.proj(outputs.last_map))
 
 
 NETWORKS: dict[str, Callable[[int], CifarResNet]] = {
@@ -79,9 +101,25 @@ NETWORKS: dict[str, Callable[[int], CifarResNet]] = {
 TITLES = {"teacher": "ResNet-50", "student": "ResNet-18", "feature_student": "ResNet-18 with a projector"}
 
 
-def build(network: str, num_classes: int) -> CifarResNet:
-    """A fresh network, "teacher", "student" or "feature_student", with random weights from torch's global generator."""
-    return NETWORKS[network](num_classes)
+def build(arch: str, num_classes: int, stem: str = "small") -> CifarResNet:
+    """A fresh network, by its name in NETWORKS, with random weights from torch's global generator.
+
+    stem: "small", for images of 32 pixels or so, or "standard", torchvision's own.
+    """
+    network = NETWORKS[arch](num_classes)
+    if stem == "standard":
+        network.use_standard_stem()
+    return network
+
+
+@torch.no_grad()
+def shapes(network: CifarResNet, image_size: int) -> Shapes:
+    """What the network gives for images of that side, found by running a copy of it over one."""
+    probe = copy.deepcopy(network).eval()
+    weight = next(probe.parameters())
+    outputs = probe(torch.zeros(1, 3, image_size, image_size, device=weight.device, dtype=weight.dtype))
+    maps = {name: tuple(value.shape[1:]) for name, value in outputs.maps.items()}
+    return Shapes(outputs.logits.shape[1], tuple(outputs.last_map.shape[1:]), maps)
 
 
 def folded(network: CifarResNet) -> CifarResNet:

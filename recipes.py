@@ -1,7 +1,12 @@
 """The thirteen experiments as data: one row each, nothing else. To add an experiment is to add a row."""
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
+
+from util.bounds import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, Bound
+
+EPOCHS = Bound(int, "a whole number from 1 to 100000", lambda x: 1 <= x <= 100_000)
 
 
 class Reference(NamedTuple):
@@ -12,40 +17,47 @@ class Reference(NamedTuple):
     test_loss: float
 
 
+def _flag(bound: Bound, words: str | None = None, **default) -> Any:
+    """A field that a flag of its name overrides for one run: what it may be, and its line of help."""
+    return field(metadata={"bound": bound, "help": words}, **default)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """One experiment: the network trained and its loss, alpha CE + (1 - alpha) soft + beta MSE + gamma S2T.
 
-    network: "teacher", "student" or "feature_student" (see models.build).
-    soft: name of the distillation loss in losses.SOFT that (1 - alpha) weighs; None for hard labels only.
+    network: a name in models.NETWORKS: "teacher", "student", "feature_student".
+    soft: name of the distillation loss in losses.LOSSES that (1 - alpha) weighs; None for hard labels only.
     alpha: the weight of the hard labels, a number or the name of a schedule in losses.ALPHA_SCHEDULES.
-    T: the temperature; None where the loss has none.
+    settings: of the losses, where they are not the losses' own defaults, like {"T": 2.0}, the temperature of KD.
     reference: figures to compare with, where there are any.
     """
 
     job: str
     checkpoint: str
     network: str
-    epochs: int
-    scheduler_step: int
+    epochs: int = _flag(EPOCHS)
+    scheduler_step: int = _flag(COUNT, "learning rate x0.1 every so many epochs")
     reference: Reference | None = None
     soft: str | None = None
-    alpha: float | str = 1.0
-    T: float | None = None
-    beta: float = 0.0
-    gamma: float = 0.0
-    learning_rate: float = 0.001
-    batch_size: int = 256
+    alpha: float | str = _flag(FRACTION, "weight of the hard labels, where it is not scheduled", default=1.0)
+    settings: Mapping[str, float] = field(default_factory=dict)
+    beta: float = _flag(NOT_NEGATIVE, "weight of the feature MSE (rows with a projector)", default=0.0)
+    gamma: float = _flag(NOT_NEGATIVE, "weight of student to teacher, S2T (rows with a projector)", default=0.0)
+    learning_rate: float = _flag(POSITIVE, default=0.001)
+    batch_size: int = _flag(COUNT, default=256)
 
     @property
     def distils(self) -> bool:
         """True for the rows that need a teacher."""
-        return self.soft is not None
+        return self.soft is not None or self.beta > 0 or self.gamma > 0
 
-    @property
-    def compares_maps(self) -> bool:
-        """True for the rows whose loss looks at the teacher's feature map."""
-        return self.soft == "mse" or self.beta > 0
+
+def described(recipe: Recipe) -> dict[str, Any]:
+    """All that the recipe is but its reference, plain values under their names, the losses' settings among them."""
+    values = {part.name: getattr(recipe, part.name) for part in fields(Recipe)}
+    del values["reference"]
+    return values.pop("settings") | values
 
 
 # fmt: off
@@ -55,21 +67,21 @@ ROWS = [
 
     # logits: alpha CE + (1 - alpha) KD
     Recipe("distillation", "Distilled_resnet18", "student", 50, 20,
-           Reference(60.15, 85.35, 0.01049371), soft="kd", alpha=0.7, T=2.0),
+           Reference(60.15, 85.35, 0.01049371), soft="kd", alpha=0.7, settings={"T": 2.0}),
     Recipe("distillation_KMJ2", "Distilled_resnet18_KMJ2", "student", 50, 20,
-           Reference(60.37, 85.53, 0.01071865), soft="kd", alpha="per iteration", T=2.0),
+           Reference(60.37, 85.53, 0.01071865), soft="kd", alpha="per iteration", settings={"T": 2.0}),
     Recipe("distillation_KMJ1", "Distilled_resnet18_KMJ1", "student", 60, 20,
-           Reference(60.41, 85.50, 0.01063989), soft="kd", alpha="per epoch", T=2.0),
+           Reference(60.41, 85.50, 0.01063989), soft="kd", alpha="per epoch", settings={"T": 2.0}),
     Recipe("distillation_KMJ0", "Distilled_resnet18_KMJ0", "student", 50, 20,
-           Reference(60.60, 85.57, 0.01058444), soft="kd", alpha="per epoch", T=2.0),
+           Reference(60.60, 85.57, 0.01058444), soft="kd", alpha="per epoch", settings={"T": 2.0}),
 
     # logits and features: alpha CE + (1 - alpha) KD + beta MSE + gamma S2T
     Recipe("distillation_LDH", "Distilled_resnet18_LDH", "feature_student", 50, 20,
-           Reference(63.46, 87.70, 0.00923391), soft="kd", alpha=0.7, T=2.0, beta=0.5),
+           Reference(63.46, 87.70, 0.00923391), soft="kd", alpha=0.7, settings={"T": 2.0}, beta=0.5),
     Recipe("distillation_LDH2", "Distilled_resnet18_LDH2", "feature_student", 50, 20,
-           Reference(60.49, 85.33, 0.01046962), soft="kd", alpha=0.7, T=2.0, gamma=0.2),
+           Reference(60.49, 85.33, 0.01046962), soft="kd", alpha=0.7, settings={"T": 2.0}, gamma=0.2),
     Recipe("distillation_LDH3", "Distilled_resnet18_LDH3", "feature_student", 50, 20,
-           Reference(60.65, 85.51, 0.01057834), soft="kd", alpha=0.7, T=2.0, gamma=0.1),
+           Reference(60.65, 85.51, 0.01057834), soft="kd", alpha=0.7, settings={"T": 2.0}, gamma=0.1),
 
     # features: alpha CE + (1 - alpha) MSE
     Recipe("distillation_LDH5", "Distilled_resnet18_LDH5", "feature_student", 50, 20,

@@ -4,8 +4,8 @@
     python reproduce.py --seeds 0 1 2
 
 What is finished is skipped: run it again to go on where it stopped. Writes checkpoints, one JSON a run into
-<results_dir>, and RESULTS.md, results.csv, top1.png and curves.png beside them. The teacher is trained once, with the
-first seed, and all students of all seeds are distilled from it.
+<results_dir>, and RESULTS.md, results.csv, top1.png and curves.png beside them. The teacher is trained once, with
+seed 0, and all students of all seeds are distilled from it.
 """
 
 import argparse
@@ -15,9 +15,10 @@ import cli
 import jobs
 import report
 from jobs import Setup
-from recipes import RECIPES, Recipe
+from recipes import EPOCHS, RECIPES, Recipe
 from teacher import Teacher
 from util import files, runtime
+from util.bounds import COUNT, POSITIVE
 from util.runtime import UserError, say
 
 FULL_EPOCHS, FULL_STEP = RECIPES["student"].epochs, RECIPES["student"].scheduler_step
@@ -25,14 +26,15 @@ FULL_EPOCHS, FULL_STEP = RECIPES["student"].epochs, RECIPES["student"].scheduler
 
 def main() -> None:
     args = parse()
-    hardware = runtime.choose(args.device, args.precision)
-    images = cli.load_data(args, hardware)
-    setup = cli.setup(args, images, hardware, seed=args.seeds[0], weights=args.weights, mode="resume")
+    report.require()
+    chosen = runtime.choose(args.device, args.precision)
+    dataset = cli.load_data(args, chosen)
+    setup = cli.setup(args, dataset, chosen, weights=args.weights, mode="resume")
     try:
         run_rows([scaled(RECIPES[job], args) for job in RECIPES if job in args.jobs], setup, args)
     finally:
-        if hardware.processes.main and list(setup.results_dir.glob("*_seed*.json")):
-            for path in report.write(setup.results_dir):
+        if chosen.processes.main:
+            for path in report.try_write(setup.results_dir):
                 say(f"wrote {path}")
 
 
@@ -40,16 +42,18 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = cli.Parser(description="Train and test every row in order; write the table and the plots.")
     parser.add_argument("--jobs", nargs="+", choices=list(RECIPES), default=list(RECIPES), help="default: all thirteen")
-    parser.add_argument("--seeds", nargs="+", type=cli.seed_number, default=[0], help="default: 0")
+    parser.add_argument("--seeds", nargs="+", type=cli.number(cli.SEED), default=[0], help="default: 0")
     parser.add_argument(
-        "--epochs", type=cli.epoch_count,
+        "--epochs", type=cli.number(EPOCHS),
         help=f"of the rows of {FULL_EPOCHS} epochs; the others, and the scheduler's steps, in proportion",
     )  # fmt: skip
     parser.add_argument(
-        "--scheduler_step", type=cli.count, help=f"of the rows with a step of {FULL_STEP}; the teacher's in proportion"
+        "--scheduler_step",
+        type=cli.number(COUNT),
+        help=f"of the rows with a step of {FULL_STEP}; the teacher's in proportion",
     )
-    parser.add_argument("--learning_rate", type=cli.positive)
-    parser.add_argument("--batch_size", type=cli.count)
+    parser.add_argument("--learning_rate", type=cli.number(POSITIVE))
+    parser.add_argument("--batch_size", type=cli.number(COUNT))
     parser.add_argument(
         "--weights", default="imagenet", help="the teacher's start: imagenet (default), none, or a FILE"
     )
@@ -57,6 +61,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--teacher_augment", action="store_true", help="train the teacher with random crop (padding 4) and flip"
     )
+    cli.add_val_flag(parser)
     cli.add_teacher_cache_flag(parser)
     cli.add_compile_flag(parser)
     cli.add_sync_bn_flag(parser)
@@ -69,14 +74,13 @@ def scaled(recipe: Recipe, args: argparse.Namespace) -> Recipe:
     """The recipe with its epochs and its scheduler's step shrunk or stretched as the flags ask."""
     ratio = args.epochs / FULL_EPOCHS if args.epochs else 1
     step_ratio = args.scheduler_step / FULL_STEP if args.scheduler_step else ratio
-    recipe = replace(
+    return replace(
         recipe,
         epochs=max(1, round(recipe.epochs * ratio)),
         scheduler_step=max(1, round(recipe.scheduler_step * step_ratio)),
         learning_rate=args.learning_rate or recipe.learning_rate,
         batch_size=args.batch_size or recipe.batch_size,
     )
-    return recipe
 
 
 def run_rows(rows: list[Recipe], setup: Setup, args: argparse.Namespace) -> None:
@@ -86,21 +90,19 @@ def run_rows(rows: list[Recipe], setup: Setup, args: argparse.Namespace) -> None
         rows = rows[1:]
     # Before the student's row, so that a teacher that can't be loaded is told of before hours of training.
     distils = any(recipe.distils for recipe in rows)
-    teacher = load_teacher(setup, args.teacher_cache, rows) if distils else None
+    teacher = load_teacher(setup, args.teacher_cache == "on", rows) if distils else None
     for recipe in rows:
         for seed in args.seeds:
-            folder = setup.checkpoint_dir / f"seed{seed}" if seed else setup.checkpoint_dir
-            files.ensure_writable(folder, "--checkpoint_dir")
-            here = replace(setup, seed=seed, checkpoint_dir=folder, augment=args.augment)
+            here = replace(setup, seed=seed, augment=args.augment)
+            files.ensure_writable(jobs.paths(recipe, here).checkpoint.parent, "--checkpoint_dir")
             run_once(recipe, here, teacher if recipe.distils else None)
 
 
-def load_teacher(setup: Setup, cache: str, rows: list[Recipe]) -> Teacher:
+def load_teacher(setup: Setup, cache: bool, rows: list[Recipe]) -> Teacher:
     """The teacher in the checkpoint folder, trained here or put there."""
-    path = setup.checkpoint_dir / f"{RECIPES['teacher'].checkpoint}.pth"
-    return jobs.make_teacher(
-        jobs.load_network("teacher", setup.checkpoint_dir, setup.dataset), path, setup, cache, rows
-    )
+    path = jobs.teacher_path(setup.checkpoint_dir)
+    trained = jobs.load(RECIPES["teacher"], path, setup.dataset.name)
+    return jobs.make_teacher(trained, path, setup, cache, rows)
 
 
 def run_once(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> None:
@@ -110,7 +112,7 @@ def run_once(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> None:
     """
     title, processes = f"{recipe.job}, seed {setup.seed}", setup.runtime.processes
     # Asked and answered by the main process for all: it is the one that changes what is on the disk.
-    if processes.from_main(processes.main and is_finished(recipe, setup, teacher)):
+    if processes.broadcast(processes.main and is_finished(recipe, setup, teacher)):
         say(f"{title}: finished already")
         return
     say(f"{title}: {recipe.epochs} epochs")
@@ -118,17 +120,17 @@ def run_once(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> None:
 
 
 def is_finished(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> bool:
-    """jobs.is_finished, but not for a run that was begun. Raises UserError for a teacher that was not made here."""
-    if jobs.state_path(recipe, setup).exists():
+    """Whether the run is finished, and none was begun since. Raises UserError where another run's work is there."""
+    if jobs.paths(recipe, setup).state.exists():
         return False
-    if jobs.is_finished(recipe, setup, teacher):
-        return True
-    weights = jobs.checkpoint_path(recipe, setup)
-    if recipe.network == "teacher" and weights.exists():
+    try:
+        return jobs.finished(recipe, setup, teacher) is not None
+    except UserError as error:
+        if recipe.network != "teacher":
+            raise
         others = " ".join(job for job in RECIPES if job != "teacher")
-        raise UserError(f"{weights} was not made here: move it away, or distil from it with --jobs {others}")
-    return False
+        raise UserError(f"{error}; to distil from the teacher that is there: --jobs {others}") from None
 
 
 if __name__ == "__main__":
-    cli.run(main, go_on=[])
+    cli.run(main)

@@ -5,28 +5,32 @@ seeds and epochs, and is kept on the disk for the next command. With augmentatio
 flipped or not); the logits of each are computed when it is first seen.
 """
 
-import functools
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data import VIEWS, Batch, Batches
+import models
+from data import VIEWS, Batch, Batches, Statistics
 from models import CifarResNet, Outputs, folded
 from util import files
 from util.runtime import Runtime, UserError, free_memory, inference_batch, say
 
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
+WILD = 1000  # an image's map is wild where its mean square is so many times the median's
+
+Source = Callable[[Batch], Outputs]
+Normalisation = tuple[Statistics, Statistics]  # mean and standard deviation
 
 
 class Teacher:
     """A teacher in eval mode, its parameters frozen, batch norm folded into the convolutions.
 
-    Called with a batch, it gives the outputs that a loss asks for: logits, the last feature map, and its head, through
-    which a gradient reaches the student.
+    Called with a batch, it gives all its outputs: logits, feature maps, its head, through which a gradient reaches the
+    student, and the images' index.
     """
 
     def __init__(
@@ -35,76 +39,124 @@ class Teacher:
         runtime: Runtime,
         sha256: str,
         top1: float,
+        *,
         cache_dir: Path | None = None,
-        keep_maps: bool = False,
+        needs: Iterable[str] = (),
+        shown: Normalisation | None = None,
+        normalisation: Normalisation | None = None,
     ):
         """sha256: of the checkpoint. top1: its accuracy, in percent. cache_dir: None never remembers outputs.
 
-        keep_maps: some row will ask for feature maps, so that the one pass had better keep them from the start.
+        needs: what all rows to come will ask for, so that the one pass had better keep it from the start.
+        shown: how the images of the batches are normalised; normalisation: how the teacher wants them, where it
+        differs.
         """
-        self.keep_maps = keep_maps
         self.network = folded(network).to(runtime.device)
         self.runtime, self.sha256, self.top1, self.cache_dir = runtime, sha256, top1, cache_dir
-        self.remembered: Remembered | None = None
-        self.tried: bool | None = None  # to remember outputs; with maps or without
-        self.views: Views | None = None
+        self.needs = frozenset(needs)
+        self.rescale = None if normalisation in (None, shown) else _rescaling(shown, normalisation, runtime.device)
+        self.caches: dict[str, TeacherCache] = {}  # for each set of images, by its fingerprint
+        self.views: dict[str, Views] = {}
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Outputs:
+        images = batch.images
+        if self.rescale:
+            scale, shift = self.rescale
+            images = images * scale + shift
         with self.runtime.autocast():
-            return self.network(batch.images)._replace(head=self.network.classify)
+            return self.network(images)._replace(head=self.network.classify, index=batch.index)
 
-    def source(self, batches: Batches, with_maps: bool) -> Callable[[Batch], Outputs]:
+    def source(self, batches: Batches, needs: frozenset[str]) -> Source:
         """What gives this teacher's outputs fastest for these batches: remembered ones where they can be, else itself.
 
-        with_maps: whether feature maps are asked for, too. What is remembered is shared by all later calls; of several
-        processes on a machine the first computes it.
+        needs: the outputs that are asked for, by their names in models.Outputs and models.STAGES. What is remembered is
+        shared by all later calls for the same images; of several processes on a machine the first computes it.
         """
         if self.cache_dir is None:
             return self
-        if not batches.augment:
-            if self.tried is None or (with_maps and not self.tried):
-                with self.runtime.processes.first_on_its_machine():
-                    self._remember(batches, with_maps or self.keep_maps)
-            lacks = self.remembered is None or (with_maps and self.remembered.maps is None)
-            return self if lacks else functools.partial(self.remembered, with_maps=with_maps)
-        if not with_maps and self.views is None and self._has_room_for_views(batches):
-            self.views = Views(self, batches)
-        return self if with_maps or self.views is None else self.views.of(batches)
+        if batches.augment:
+            return self._view_source(batches, needs)
+        cache = self.caches.setdefault(batches.fingerprint(), TeacherCache(self))
+        with self.runtime.processes.first_on_its_machine():
+            cache.fill(batches, needs | self.needs | {"logits"})
+        return cache.source(needs) if needs <= cache.values.keys() else self
 
-    def _remember(self, batches: Batches, with_maps: bool) -> None:
-        """Logits and, if with_maps, maps, in one pass; where maps can't be kept, logits alone. Tried but once."""
-        self.tried = with_maps
-        self.remembered = Remembered.make(self, batches, self.cache_dir, with_maps)
-        if self.remembered is None and with_maps:
-            self.remembered = Remembered.make(self, batches, self.cache_dir, False)
-
-    def _has_room_for_views(self, batches: Batches) -> bool:
+    def _view_source(self, batches: Batches, needs: frozenset[str]) -> Source:
+        key = batches.fingerprint()
+        if not needs <= {"logits"}:
+            return self
         # Of several processes each would fill a table with what only the others use.
         alone = self.runtime.processes.size == 1
-        return alone and Views.size(self, batches) < free_memory(self.runtime.device) / 2
+        if key not in self.views and alone and Views.size(self, batches) < free_memory(self.runtime.device) / 2:
+            self.views[key] = Views(self, batches)
+        return self.views[key].of(batches) if key in self.views else self
 
 
-class Remembered:
-    """The teacher's outputs for all images, looked up by index.
+def _rescaling(shown: Normalisation, wanted: Normalisation, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """What to multiply images normalised in one way by, and to add to them, to have them normalised in the other."""
+    (mean, std), (wanted_mean, wanted_std) = (
+        [torch.tensor(part, device=device).view(3, 1, 1) for part in pair] for pair in (shown, wanted)
+    )
+    return std / wanted_std, (mean - wanted_mean) / wanted_std
+
+
+class TeacherCache:
+    """The teacher's outputs for all images of one set, looked up by index: those that could be kept.
 
     On the device where there is room; else in memory-mapped files, which the system keeps in memory while it can.
+    values: (N, ...) each, by name; maps with their channels last, as convolutions give them.
     """
 
-    def __init__(self, teacher: Teacher, paths: dict[str, Path]):
-        self.head, self.device = teacher.network.classify, teacher.runtime.device
-        self.logits = self._open(paths["logits"])
-        self.maps = self._open(paths["maps"]) if "maps" in paths else None
+    def __init__(self, teacher: Teacher):
+        self.teacher, self.device = teacher, teacher.runtime.device
+        self.values: dict[str, torch.Tensor] = {}
+        self.tried: frozenset[str] = frozenset()
 
-    def __call__(self, batch: Batch, with_maps: bool) -> Outputs:
-        # Maps are kept channels last, as convolutions give them.
-        layer4 = self._look_up(self.maps, batch).permute(0, 3, 1, 2) if with_maps else None
-        return Outputs(logits=self._look_up(self.logits, batch), layer4=layer4, head=self.head)
+    def source(self, names: frozenset[str]) -> Source:
+        """A function from a batch of the set's images to the outputs of these names."""
+
+        def outputs(batch: Batch) -> Outputs:
+            found = {name: self._look_up(self.values[name], batch) for name in names}
+            logits, last_map = found.pop("logits", None), found.pop("last_map", None)
+            return Outputs(logits, last_map, found, head=self.teacher.network.classify, index=batch.index)
+
+        return outputs
 
     def _look_up(self, values: torch.Tensor, batch: Batch) -> torch.Tensor:
         if values.device == self.device:
-            return values[batch.index]
-        return values[batch.host_index].pin_memory().to(self.device, non_blocking=True)
+            found = values[batch.index]
+        else:
+            found = values[batch.host_index].pin_memory().to(self.device, non_blocking=True)
+        return found.permute(0, 3, 1, 2) if found.ndim == 4 else found
+
+    def fill(self, batches: Batches, names: frozenset[str]) -> None:
+        """Have these outputs, or, where not all can be kept, the logits alone. Each is tried, and told of, once."""
+        new, self.tried = names - self.tried, self.tried | names
+        if new and not self._make(batches, new) and "logits" in new - {*self.values} and len(new) > 1:
+            self._make(batches, frozenset({"logits"}))
+        if "last_map" in new & self.values.keys():
+            self._warn_of_wild_maps()
+
+    def _make(self, batches: Batches, names: frozenset[str]) -> bool:
+        """Open what is on the disk for this very teacher, data and precision; compute and write what is not.
+
+        False, and a line on stderr, where that can't be written.
+        """
+        folder, key, forms = self.teacher.cache_dir, self._key(batches), self._forms(batches, names)
+        paths = {name: folder / f"{key}_{name}.npy" for name in forms}
+        try:
+            files.ensure_writable(folder, "--checkpoint_dir")
+            with files.locked(folder / ".lock", wait=True):  # two runs that start together compute it once
+                missing = {name: paths[name] for name in forms if not _is_whole(paths[name], *forms[name])}
+                if missing:
+                    self._write(batches, key, missing, forms)
+                self.values |= {name: self._open(path) for name, path in paths.items()}
+                return True
+        except (UserError, OSError, ValueError) as error:  # no room; another run made room for its own
+            told = " and ".join(name.replace("_", " ") for name in forms)
+            say(f"the teacher's {told} are not kept; it is run at every step that needs them ({error})")
+            return False
 
     def _open(self, path: Path) -> torch.Tensor:
         values = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
@@ -112,68 +164,71 @@ class Remembered:
             return values.to(self.device)
         return values
 
-    @classmethod
-    def make(cls, teacher: Teacher, batches: Batches, folder: Path, with_maps: bool) -> "Remembered | None":
-        """Open what is on the disk for this very teacher, data and precision; compute and write what is not.
+    def _forms(self, batches: Batches, names: frozenset[str]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """The shape and the type of each output for all images, the logits first."""
+        shapes, n = models.shapes(self.teacher.network, batches.size), batches.n_images
+        # Half precision halves the files and keeps more digits than bf16 arithmetic gave; fp32 stays plain.
+        kind = np.dtype(np.float16 if self.teacher.runtime.precision == "bf16" else np.float32)
+        forms = {"logits": ((n, shapes.classes), np.dtype(np.float32))}
+        for name, (channels, height, width) in {"last_map": shapes.last_map, **shapes.maps}.items():
+            forms[name] = ((n, height, width, channels), kind)
+        return {name: form for name, form in forms.items() if name in names}
 
-        None, and a line on stderr, where that can't be written.
-        """
-        shapes = cls._shapes(teacher, batches, with_maps)
-        key = cls._key(teacher, batches)
-        paths = {name: folder / f"{key}_{name}.npy" for name in shapes}
-        try:
-            files.ensure_writable(folder, "--checkpoint_dir")
-            with files.locked(folder / ".lock", wait=True):  # two runs that start together compute it once
-                missing = {name: shapes[name] for name, path in paths.items() if not _is_whole(path, *shapes[name])}
-                if missing:
-                    cls._write(teacher, batches, {name: (paths[name], *missing[name]) for name in missing})
-                return cls(teacher, paths)
-        except (UserError, OSError, ValueError) as error:  # no room; another run made room for its own
-            say(f"the teacher's {' and '.join(shapes)} are not kept; it is run at every step that needs them ({error})")
-            return None
-
-    @staticmethod
-    def _shapes(teacher: Teacher, batches: Batches, with_maps: bool) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        n, side = batches.n_images, -(-batches.size // 8)
-        shapes = {"logits": ((n, teacher.network.fc.out_features), np.dtype(np.float32))}
-        if with_maps:
-            # Half precision halves the files and keeps more digits than bf16 arithmetic gave; fp32 stays plain.
-            kind = np.float16 if teacher.runtime.precision == "bf16" else np.float32
-            shapes["maps"] = ((n, side, side, teacher.network.fc.in_features), np.dtype(kind))
-        return shapes
-
-    @staticmethod
-    def _key(teacher: Teacher, batches: Batches) -> str:
+    def _key(self, batches: Batches) -> str:
         """Differs where the teacher's weights, the images, their normalisation or the arithmetic do."""
-        runtime = teacher.runtime
-        digest = hashlib.sha256(f"{CACHE_FORMAT} {teacher.sha256} {runtime.device.type} {runtime.precision}".encode())
-        digest.update(batches.fingerprint().encode())
-        return digest.hexdigest()[:32]
+        teacher = self.teacher
+        parts = [CACHE_FORMAT, teacher.sha256, self.device.type, teacher.runtime.precision, batches.fingerprint()]
+        parts += [scale.flatten().tolist() for scale in teacher.rescale or ()]
+        return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:32]
 
-    @staticmethod
-    def _write(teacher: Teacher, batches: Batches, wanted: dict[str, tuple[Path, tuple[int, ...], np.dtype]]) -> None:
+    def _write(
+        self,
+        batches: Batches,
+        key: str,
+        paths: dict[str, Path],
+        forms: dict[str, tuple[tuple[int, ...], np.dtype]],
+    ) -> None:
         """One pass of the teacher over all images, into the files. Those of other teachers or data make room first."""
-        folder = next(iter(wanted.values()))[0].parent
-        key = next(iter(wanted.values()))[0].name.split("_")[0]
+        folder = self.teacher.cache_dir
         for old in [*folder.glob("*_*.npy"), *folder.glob(".*.tmp")]:  # the latter of a process that was killed
             if not old.name.startswith(key):
                 old.unlink(missing_ok=True)
-        needed = sum(int(np.prod(shape)) * kind.itemsize for _, shape, kind in wanted.values())
+        needed = sum(int(np.prod(forms[name][0])) * forms[name][1].itemsize for name in paths)
         if needed > 0.9 * shutil.disk_usage(folder).free:
             raise UserError(f"{folder} has no room for {needed / 1e6:,.1f} MB")
-        with files.replacing_all([path for path, _, _ in wanted.values()]) as opened:
-            sinks = dict(zip(wanted, opened, strict=True))
-            for name, (_, shape, kind) in wanted.items():
+        with files.replacing_all(list(paths.values())) as opened:
+            sinks = dict(zip(paths, opened, strict=True))
+            for name, sink in sinks.items():
+                shape, kind = forms[name]
                 header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(sinks[name], header)
+                np.lib.format.write_array_header_1_0(sink, header)
             for batch in batches.of(torch.arange(batches.n_images), 0, inference_batch(batches.device)):
-                outputs = teacher(batch)
-                values = {"logits": outputs.logits, "maps": outputs.layer4.permute(0, 2, 3, 1)}
-                for name, (_, _, kind) in wanted.items():
-                    value = values[name].float().cpu()
-                    if value.abs().max() > np.finfo(kind).max:
-                        raise UserError(f"some of its {name} are too large for {kind}")
-                    sinks[name].write(value.numpy().astype(kind).tobytes())
+                outputs = self.teacher(batch)
+                values = {"logits": outputs.logits, "last_map": outputs.last_map, **outputs.maps}
+                for name, sink in sinks.items():
+                    sink.write(_bytes(values[name], forms[name][1], name))
+
+    def _warn_of_wild_maps(self) -> None:
+        """A line where a few images' maps are so large that a loss of maps would see nothing else."""
+        maps = self.values["last_map"]
+        squares = torch.cat([part.float().square().mean((1, 2, 3)) for part in maps.split(250)])
+        median, largest = squares.median().item(), squares.max().item()
+        if largest > WILD * median:
+            wild = int((squares > WILD * median).sum())
+            say(
+                f"the teacher gives {wild} of {len(squares):,} images huge feature maps (mean square up to "
+                f"{largest:.3g}, the median image's is {median:.3g}): a loss of feature maps will hardly learn from "
+                "it; train the teacher with a smaller --learning_rate, or longer"
+            )
+
+
+def _bytes(values: torch.Tensor, kind: np.dtype, name: str) -> bytes:
+    """The values, maps with their channels last, as they stand in a file. Raises UserError where they overflow."""
+    values = values.float().cpu()
+    if values.abs().max() > np.finfo(kind).max:
+        raise UserError(f"some values of its {name.replace('_', ' ')} are too large for {kind}")
+    values = values.permute(0, 2, 3, 1) if values.ndim == 4 else values
+    return values.numpy().astype(kind).tobytes()
 
 
 def _is_whole(path: Path, shape: tuple[int, ...], kind: np.dtype) -> bool:
@@ -202,7 +257,7 @@ class Views:
         """The table's size in bytes."""
         return batches.n_images * VIEWS * teacher.network.fc.out_features * cls._kind(teacher).itemsize
 
-    def of(self, batches: Batches) -> Callable[[Batch], Outputs]:
+    def of(self, batches: Batches) -> Source:
         """A function from a batch of `batches` to the teacher's outputs."""
         current, codes = None, None
 
@@ -211,7 +266,7 @@ class Views:
             if batch.epoch != current:
                 current, codes = batch.epoch, self._fill(batches, batch.epoch)
             logits = self.table[batch.index, codes[batch.index]]
-            return Outputs(logits=logits.float(), head=self.teacher.network.classify)
+            return Outputs(logits=logits.float(), head=self.teacher.network.classify, index=batch.index)
 
         return outputs
 

@@ -1,6 +1,7 @@
 """Test a job's checkpoint: top-1, top-5 and Test Loss on the test images.
 
-Example: python test.py --model_job teacher
+python test.py --model_job teacher
+python test.py --model_job student --checkpoint my_resnet18.pth
 """
 
 import cli
@@ -12,12 +13,18 @@ from util import runtime
 def main(choices: tuple[str, ...] = tuple(RECIPES)) -> None:
     parser = cli.Parser(description="Test a job's checkpoint: top-1, top-5 and Test Loss on the test images.")
     parser.add_argument("--model_job", required=True, choices=choices)
+    parser.add_argument("--checkpoint", type=cli.path, help="its file; default: the job's own in <checkpoint_dir>")
+    cli.add_seed_flag(parser)
     cli.add_data_flags(parser)
     args = parser.parse_args()
 
-    hardware = runtime.choose(args.device, "fp32" if args.precision == "auto" else args.precision)
-    images = cli.load_data(args, hardware)
-    jobs.test(jobs.load_network(args.model_job, cli.checkpoint_dir(args), images), images, hardware)
+    recipe = RECIPES[args.model_job]
+    chosen = runtime.choose(args.device, "fp32" if args.precision == "auto" else args.precision)
+    path = args.checkpoint or jobs.checkpoint_path(recipe, cli.checkpoint_dir(args), args.seed)
+    trained = jobs.load(recipe, path, args.dataset)
+    dataset = cli.load_data(args, chosen, trained.about)
+    jobs.check_fit(trained, dataset, path)
+    jobs.test(trained, dataset, chosen)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
     python train.py --model_job teacher
     python train.py --model_job student --epochs 50 --learning_rate 0.001 --batch_size 256 --scheduler_step 20
 
-Writes <checkpoint_dir>/resnet50.pth or resnet18.pth and <results_dir>/<job>_seed<seed>.json.
+Writes <checkpoint_dir>/resnet50.pth or resnet18.pth, and the figures into <results_dir>.
 """
 
 import cli
 import jobs
 from recipes import RECIPES
 from util import runtime
+from util.runtime import UserError
 
 
 def main() -> None:
@@ -22,14 +23,12 @@ def main() -> None:
     args = parser.parse_args()
 
     recipe = cli.override(RECIPES[args.model_job], args)
-    if args.weights and args.model_job != "teacher":
-        raise runtime.UserError("--weights: the student starts from random weights; leave the flag away")
-    hardware = runtime.choose(args.device, args.precision)
-    images = cli.load_data(args, hardware)
-    weights = args.weights or "imagenet"
-    setup = cli.training_setup(args, images, hardware, weights=weights)
-    jobs.train(recipe, setup)
+    if args.weights and recipe.network != "teacher":
+        raise UserError("--weights: the student starts from random weights; leave the flag away")
+    chosen = runtime.choose(args.device, args.precision)
+    dataset = cli.load_data(args, chosen)
+    jobs.train(recipe, cli.training_setup(args, dataset, chosen, weights=args.weights or "imagenet"))
 
 
 if __name__ == "__main__":
-    cli.run(main, go_on=["--resume"])
+    cli.run(main, go_on="--resume")
