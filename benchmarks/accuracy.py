@@ -2,7 +2,7 @@
 
     python benchmarks/accuracy.py --teacher checkpoints/resnet50.pth --dataset cifar100
 
-Runs reproduce.py twice, with and without `--precision fp32 --teacher_cache off --compile off`, on the jobs student,
+Runs reproduce.py twice, with and without `--precision fp32 --teacher_cache off`, on the jobs student,
 distillation and distillation_LDH6, with seeds 0 and 1; flags that it does not know go to reproduce.py. What is finished
 is skipped. Writes accuracy.json and RESULTS.md beside itself.
 """
@@ -19,13 +19,15 @@ from speed import HERE, cli, write_results
 
 JOBS = ["student", "distillation", "distillation_LDH6"]
 SEEDS = [0, 1]
-MODES = {"fast": [], "plain": ["--precision", "fp32", "--teacher_cache", "off", "--compile", "off"]}
+MODES = {"fast": [], "plain": ["--precision", "fp32", "--teacher_cache", "off"]}
 
 
 def main() -> None:
     parser = cli.Parser(description="Compare the accuracy of fast and of plain runs.")
-    parser.add_argument("--teacher", type=Path, required=True, help="checkpoint to distil from")
-    parser.add_argument("--work_dir", type=Path, default=HERE / "accuracy", help="default: accuracy/ beside this file")
+    parser.add_argument("--teacher", type=cli.path, required=True, help="checkpoint to distil from")
+    parser.add_argument(
+        "--work_dir", type=cli.path, default=HERE / "accuracy", help="default: accuracy/ beside this file"
+    )
     args, flags = parser.parse_known_args()
     for mode, options in MODES.items():
         folder = args.work_dir / mode

@@ -41,6 +41,7 @@ from data import Batches, Split  # noqa: E402
 from recipes import RECIPES, Recipe  # noqa: E402
 from teacher import Teacher  # noqa: E402
 from util import runtime  # noqa: E402
+from util.bounds import COUNT  # noqa: E402
 from util.runtime import Runtime  # noqa: E402
 
 # What is measured: the job, and how many of --images a repeat takes on a CPU, so that all take about as long.
@@ -66,16 +67,16 @@ def main() -> None:
         measured = {
             "dataset": f"{ours.dataset.name}, {ours.dataset.image_size}x{ours.dataset.image_size}, "
             f"{ours.dataset.num_classes} classes",
-            "device": ours.hardware.describe(),
-            "precision": ours.hardware.precision,
+            "device": ours.runtime.describe(),
+            "precision": ours.runtime.precision,
             "torch": torch.__version__,
             "command": " ".join(["benchmarks/speed.py", *sys.argv[1:]]),
             "repeats": args.repeats,
-            "peaks": peaks(ours.hardware),
+            "peaks": peaks(ours.runtime),
             "tasks": {
                 name: compare(ours, elsewhere, name, int(images * share), args.repeats)
                 for name, (_, share) in TASKS.items()
-                if "bf16" not in name or ours.hardware.precision == "bf16"
+                if "bf16" not in name or ours.runtime.precision == "bf16"
             },
             "cache": ours.cache_pass(images),
             "by_images": {str(k): ours.distil(k * images, 1) for k in (1, 2, 4)},
@@ -88,8 +89,8 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = cli.Parser(description="Time this project beside a textbook loop.")
-    parser.add_argument("--images", type=cli.count, help="in a repeat; default: 512 on a CPU, all on CUDA")
-    parser.add_argument("--repeats", type=cli.count, default=3, help="of which the median is taken; default: 3")
+    parser.add_argument("--images", type=cli.number(COUNT), help="in a repeat; default: 512 on a CPU, all on CUDA")
+    parser.add_argument("--repeats", type=cli.number(COUNT), default=3, help="of which the median is taken; default: 3")
     cli.add_compile_flag(parser)
     cli.add_data_flags(parser)
     return parser.parse_args()
@@ -125,8 +126,8 @@ def compare(ours: "Ours", elsewhere: Executor, name: str, n: int, repeats: int) 
 class Side:
     """One of the two that are compared, on the same images, networks and recipes."""
 
-    def __init__(self, args: argparse.Namespace, hardware: Runtime):
-        self.hardware, self.device, self.compile_mode = hardware, hardware.device, args.compile
+    def __init__(self, args: argparse.Namespace, chosen: Runtime):
+        self.runtime, self.device, self.compile = chosen, chosen.device, args.compile == "on"
         self.dataset = data.load(args.dataset, args.data_dir, args.image_size)
         torch.manual_seed(0)
         self.teacher_network = self.build("teacher")
@@ -185,31 +186,52 @@ class Ours(Side):
         self.folder = folder
 
     def precision(self, name: str) -> str:
-        return "fp32" if name == "testing" else self.hardware.precision
+        return "fp32" if name == "testing" else self.runtime.precision
 
     def batches(self, n: int, **options) -> Batches:
         return Batches(self.part(n), self.dataset.mean, self.dataset.std, BATCH, self.device, **options)
 
     def teacher(self) -> Teacher:
-        return Teacher(self.teacher_network, self.hardware, "benchmark", 0.0, self.folder)
+        return Teacher(self.teacher_network, self.runtime, "benchmark", 0.0, cache_dir=self.folder)
 
     def training(self, recipe: Recipe, n: int) -> Callable[[], None]:
         """One epoch as jobs.train runs it; the teacher's outputs are there already."""
         network = self.build(recipe.network).to(memory_format=torch.channels_last)
         batches = self.batches(n, shuffle=True)
         teacher = self.teacher() if recipe.distils else None
-        forward = jobs.forward_of(network, batches, self.hardware, self.compile_mode)
-        loss = jobs.batch_loss(recipe, forward, teacher, batches)
-        return lambda: list(engine.fit(network, batches, loss, lambda epoch: 1e-3, 1, self.hardware, recipe.job))
+        forward = jobs.forward_of(network, batches, self.runtime) if self.compile else network
+        return lambda: self.epoch(recipe, network, batches, teacher, forward)
+
+    def epoch(
+        self,
+        recipe: Recipe,
+        network: models.CifarResNet,
+        batches: Batches,
+        teacher: Teacher | None,
+        forward: Callable[[torch.Tensor], models.Outputs],
+    ) -> None:
+        """Train for one epoch; alpha counts nothing here, but that a schedule's first epoch could weigh a term by 0."""
+        source, objective = jobs.aim(recipe, network, teacher, batches)
+        for _ in engine.fit(
+            network,
+            batches,
+            objective,
+            alpha=torch.full((1, len(batches)), 0.7),
+            learning_rate=lambda epoch: 1e-3,
+            runtime=self.runtime,
+            teacher=source,
+            forward=forward,
+        ):
+            pass
 
     def test(self, recipe: Recipe, n: int, name: str) -> Callable[[], None]:
-        network, batches = self.build(recipe.network), jobs.in_order(self.part(n), self.dataset, self.hardware)
-        hardware = replace(self.hardware, precision=self.precision(name))
-        return lambda: engine.evaluate(network, batches, hardware)
+        network, batches = self.build(recipe.network), jobs.in_order(self.part(n), self.dataset, self.runtime)
+        chosen = replace(self.runtime, precision=self.precision(name))
+        return lambda: engine.evaluate(network, batches, chosen)
 
     def cache_pass(self, n: int) -> dict:
         """Seconds to make the teacher's cache, with maps, beside those of one pass of the teacher over the images."""
-        batches = jobs.in_order(self.part(n), self.dataset, self.hardware)
+        batches = jobs.in_order(self.part(n), self.dataset, self.runtime)
         teacher = self.teacher()
 
         def live() -> None:
@@ -221,7 +243,7 @@ class Ours(Side):
         for _ in range(3):
             seconds.append(self.seconds(live))
             self.forget()
-            making.append(self.seconds(lambda: self.teacher().source(batches, True)))
+            making.append(self.seconds(lambda: self.teacher().source(batches, frozenset({"logits", "last_map"}))))
         return {"images": n, "pass": statistics.median(seconds), "making": statistics.median(making)}
 
     def distil(self, n: int, students: int) -> dict:
@@ -234,8 +256,7 @@ class Ours(Side):
             for _ in range(students):
                 network = self.build(recipe.network).to(memory_format=torch.channels_last)
                 batches = self.batches(n, shuffle=True)
-                loss = jobs.batch_loss(recipe, network, teacher, batches)
-                list(engine.fit(network, batches, loss, lambda epoch: 1e-3, 1, self.hardware, recipe.job))
+                self.epoch(recipe, network, batches, teacher, network)
 
         seconds, memory = self.measured(run)
         return {"images": n, "students": students, "seconds": seconds, "memory": memory}
@@ -276,7 +297,7 @@ class Textbook(Side):
         return DataLoader(images, BATCH, shuffle=shuffle, num_workers=2, pin_memory=self.device.type == "cuda")
 
     def training(self, recipe: Recipe, n: int) -> Callable[[], None]:
-        network, loader, objective = self.build(recipe.network), self.loader(n, True), losses.objective(recipe)
+        network, loader, objective = self.build(recipe.network), self.loader(n, True), losses.Objective(recipe)
         optimiser = torch.optim.Adam(network.parameters(), lr=1e-3)
 
         def epoch() -> None:
@@ -359,9 +380,9 @@ def work(network: str, dataset: data.Dataset, training: bool, precision: str) ->
     return operations, (3 if training else 1) * (2 if precision == "bf16" else 4) * moved
 
 
-def peaks(hardware: Runtime) -> dict[str, float]:
+def peaks(chosen: Runtime) -> dict[str, float]:
     """What the device reaches: operations a second of a large matrix product, bytes a second of a large copy."""
-    device, n = hardware.device, 8192 if hardware.device.type == "cuda" else 3072
+    device, n = chosen.device, 8192 if chosen.device.type == "cuda" else 3072
     found = {}
     for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         a, b = (torch.randn(n, n, device=device, dtype=kind) for _ in range(2))

@@ -1,7 +1,9 @@
 """The loop, the evaluation and the teacher, against plain PyTorch."""
 
+import base64
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -31,13 +33,20 @@ def student(seed=0, kind="student"):
     return models.build(kind, 10).to(memory_format=torch.channels_last)
 
 
-def hard_loss(network):
-    return lambda batch, epoch, iteration: {"loss": F.cross_entropy(network(batch.images).logits, batch.labels)}
+class Loss(torch.nn.Module):
+    """An objective: a function of the student's logits and the labels."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, student, teacher, labels, alpha):
+        return {"loss": self.function(student.logits, labels)}
 
 
-def fit(network, batches, loss=None, rate=0.001, epochs=1):
-    cpu = Runtime(CPU, "fp32")
-    return list(engine.fit(network, batches, loss or hard_loss(network), lambda epoch: rate, epochs, cpu, "test"))
+def fit(network, batches, loss=F.cross_entropy, epochs=1, rate=lambda epoch: 0.001, **options):
+    options = {"objective": Loss(loss), "alpha": torch.ones(epochs, len(batches)), **options}
+    return list(engine.fit(network, batches, learning_rate=rate, runtime=Runtime(CPU, "fp32"), **options))
 
 
 def test_step_lr():
@@ -51,22 +60,24 @@ def test_fit_is_plain_adam(digits):
     batches = digits_batches(digits, n=70, shuffle=True)
     optimiser = torch.optim.Adam(expected.parameters(), lr=0.001)
     schedule = torch.optim.lr_scheduler.StepLR(optimiser, 1)
-    losses = []
+    losses, over_batches = [], []
     for epoch in range(2):
-        total = 0.0
+        total, means = 0.0, []
         for batch in batches.epoch(epoch):
             loss = F.cross_entropy(expected(batch.images).logits, batch.labels)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
             total += loss.item() * len(batch.labels)
+            means.append(loss.item())
         schedule.step()
         losses.append(total / 70)
-    cpu = Runtime(CPU, "fp32")
-    given = list(
-        engine.fit(network, batches, hard_loss(network), lambda e: engine.step_lr(0.001, e, 1), 2, cpu, "test")
-    )
+        over_batches.append(sum(means) / 3)
+    alpha = torch.tensor([[0.0, 0.1, 0.5], [1.0, 1.0, 1.0]])
+    given = fit(network, batches, rate=lambda epoch: engine.step_lr(0.001, epoch, 1), alpha=alpha)
     assert [figures["train_loss"] for figures in given] == pytest.approx(losses, rel=1e-3)
+    assert [figures["train_loss_over_batches"] for figures in given] == pytest.approx(over_batches, rel=1e-3)
+    assert [figures["alpha"] for figures in given] == pytest.approx([0.2, 1.0])
     assert [figures["learning_rate"] for figures in given] == pytest.approx([1e-3, 1e-4])
     assert [figures["epoch"] for figures in given] == [1, 2]
 
@@ -82,24 +93,15 @@ def test_fit_repeats_itself(digits):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops(digits, value):
-    network = student()
-
-    def loss(batch, epoch, iteration):
-        return {"loss": network(batch.images).logits.sum() * (value if iteration == 0 else 1)}
-
+    steps = iter([value, 1])
     with pytest.raises(Diverged, match="epoch 1"):
-        fit(network, digits_batches(digits), loss)
+        fit(student(), digits_batches(digits), lambda logits, labels: logits.sum() * next(steps))
 
 
 def test_weights_that_are_not_finite_stop(digits):
     """A last step whose loss is finite and whose gradient is not."""
-    network = student()
-
-    def loss(batch, epoch, iteration):
-        return {"loss": (network(batch.images).logits.sum() * 0).abs().sqrt()}
-
     with pytest.raises(Diverged):
-        fit(network, digits_batches(digits, n=32), loss)
+        fit(student(), digits_batches(digits, n=32), lambda logits, labels: (logits.sum() * 0).abs().sqrt())
 
 
 def reference_figures(network, digits):
@@ -176,6 +178,20 @@ def test_distilling_leaves_the_teacher_as_it_is(digits, cpu, teacher_network):
     before = {key: value.clone() for key, value in teacher.network.state_dict().items()}
     start = {key: value.clone() for key, value in network.state_dict().items()}
     batches = digits_batches(digits)
-    fit(network, batches, jobs.batch_loss(RECIPES["distillation_LDH"], network, teacher, batches))
+    source, objective = jobs.aim(RECIPES["distillation_LDH"], network, teacher, batches)
+    fit(network, batches, objective=objective, teacher=source)
     assert all(value.equal(before[key]) for key, value in teacher.network.state_dict().items())
     assert not any(value.equal(start[key]) for key, value in network.state_dict().items() if "weight" in key)
+
+
+def test_which_images_were_right(digits, cpu):
+    split = some(digits.test, 30)
+    figures = engine.evaluate(fixed([0.0] * 3 + [1.0] + [0.0] * 6), Batches(split, (0,) * 3, (1,) * 3, 7, CPU), cpu)
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(figures["correct"]), np.uint8))[:30]
+    assert bits.tolist() == (split.labels == 3).int().tolist() and 0 < bits.sum() < 30
+
+
+def test_validation_stands_in_the_epochs_figures(digits):
+    asked = iter([{"val_loss": 2.0, "val_top1": 10.0}, {"val_loss": 1.0, "val_top1": 20.0}])
+    given = fit(student(), digits_batches(digits, n=32), epochs=2, validate=lambda: next(asked))
+    assert [(figures["val_loss"], figures["val_top1"]) for figures in given] == [(2.0, 10.0), (1.0, 20.0)]

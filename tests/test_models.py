@@ -28,7 +28,7 @@ def test_shapes(size, side):
     for kind, channels in [("teacher", 2048), ("student", 512), ("feature_student", 512)]:
         outputs = models.build(kind, 100).eval()(images)
         assert outputs.logits.shape == (2, 100)
-        assert outputs.layer4.shape == (2, channels, side, side)
+        assert outputs.last_map.shape == (2, channels, side, side)
         if kind == "feature_student":
             assert outputs.projected.shape == (2, 2048, side, side)
 
@@ -70,17 +70,35 @@ def test_forward_is_torchvisions(kind, scaled_like_trained):
         torch.testing.assert_close(network.train(mode)(images).logits, twin.train(mode)(images))
 
 
+def test_the_standard_stem_is_torchvisions_own_network():
+    network, plain = models.build("student", 10, "standard").eval(), torchvision.models.resnet18(num_classes=10).eval()
+    plain.load_state_dict(network.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(network(images).logits, plain(images))
+
+
+def test_shapes_are_those_of_the_outputs():
+    network = models.build("feature_student", 10)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    shapes = models.shapes(network, 16)
+    outputs = network.eval()(torch.randn(2, 3, 16, 16))
+    assert shapes.classes == 10 and shapes.last_map == outputs.last_map.shape[1:] == (512, 2, 2)
+    assert shapes.maps == {name: value.shape[1:] for name, value in outputs.maps.items()}
+    assert shapes.maps["stage1"] == (64, 16, 16) and shapes.maps["stage4"] == (512, 2, 2)
+    assert all(value.equal(before[key]) for key, value in network.state_dict().items())
+
+
 def test_projected_is_the_projection_of_the_last_map():
     network = models.build("feature_student", 10).eval()
     outputs = network(torch.randn(2, 3, 16, 16))
-    expected = torch.einsum("oc,bchw->bohw", network.proj.weight[:, :, 0, 0], outputs.layer4)
+    expected = torch.einsum("oc,bchw->bohw", network.proj.weight[:, :, 0, 0], outputs.last_map)
     torch.testing.assert_close(outputs.projected, expected + network.proj.bias[:, None, None], rtol=1e-4, atol=1e-5)
 
 
 def test_classify_is_the_networks_own_classifier():
     network = models.build("teacher", 10).eval()
     outputs = network(torch.randn(2, 3, 16, 16))
-    torch.testing.assert_close(network.classify(outputs.layer4), outputs.logits)
+    torch.testing.assert_close(network.classify(outputs.last_map), outputs.logits)
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
@@ -97,7 +115,7 @@ def test_folded_computes_the_same(kind, scaled_like_trained):
 def test_logits_are_float32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         outputs = models.build("feature_student", 10)(torch.randn(2, 3, 16, 16))
-    assert outputs.logits.dtype == torch.float32 and outputs.layer4.dtype == torch.bfloat16
+    assert outputs.logits.dtype == torch.float32 and outputs.last_map.dtype == torch.bfloat16
 
 
 def test_weights_depend_on_the_seed_alone():

@@ -49,7 +49,18 @@ TABLE = [
 
 def test_rows_are_those_of_the_table():
     rows = [
-        (r.job, r.checkpoint, r.soft, r.alpha, r.T, r.beta, r.gamma, r.epochs, r.scheduler_step, *r.reference)
+        (
+            r.job,
+            r.checkpoint,
+            r.soft,
+            r.alpha,
+            r.settings.get("T"),
+            r.beta,
+            r.gamma,
+            r.epochs,
+            r.scheduler_step,
+            *r.reference,
+        )
         for r in ROWS
     ]
     assert rows == TABLE

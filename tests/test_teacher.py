@@ -14,6 +14,7 @@ from util import runtime
 from util.runtime import Runtime
 
 CPU = torch.device("cpu")
+LOGITS, BOTH = frozenset({"logits"}), frozenset({"logits", "last_map"})
 TOLERANCES = {"fp32": 1e-5, "bf16": 2e-2}
 
 
@@ -28,7 +29,7 @@ def make(network, tmp_path):
     """A teacher with a cache in a folder of its own; "sha" stands for its weights."""
 
     def teacher(sha="sha", precision="fp32", **options):
-        return Teacher(network, Runtime(CPU, precision), sha, 50.0, tmp_path / "cache", **options)
+        return Teacher(network, Runtime(CPU, precision), sha, 50.0, cache_dir=tmp_path / "cache", **options)
 
     return teacher
 
@@ -53,52 +54,55 @@ def batches_of(digits, n=40, batch_size=16, **options):
 
 def same(given, expected, tolerance=1e-5):
     torch.testing.assert_close(given.logits, expected.logits, rtol=tolerance, atol=tolerance)
-    if given.layer4 is not None:
-        difference = (given.layer4.float() - expected.layer4.float()).norm() / expected.layer4.float().norm()
-        assert given.layer4.shape == expected.layer4.shape and difference < tolerance
+    pairs = [(given.maps[name], expected.maps[name]) for name in given.maps]
+    pairs += [(given.last_map, expected.last_map)] if given.last_map is not None else []
+    for ours, theirs in pairs:
+        difference = (ours.float() - theirs.float()).norm() / theirs.float().norm()
+        assert ours.shape == theirs.shape and difference < tolerance
 
 
 @pytest.mark.parametrize("precision", TOLERANCES)
-@pytest.mark.parametrize("with_maps", [False, True])
-def test_remembered_outputs_are_the_live_ones(digits, make, precision, with_maps):
+@pytest.mark.parametrize("needs", [LOGITS, BOTH, frozenset({"logits", "stage1", "stage3"})], ids=sorted)
+def test_remembered_outputs_are_the_live_ones(digits, make, precision, needs):
     teacher, batches = make(precision=precision), batches_of(digits)
-    source = teacher.source(batches, with_maps)
+    source = teacher.source(batches, needs)
     assert source is not teacher
     for epoch in (0, 1):
         for batch in batches.epoch(epoch):
             given = source(batch)
-            assert (given.layer4 is not None) == with_maps
+            assert (given.last_map is not None) == ("last_map" in needs) and given.index.equal(batch.index)
+            assert set(given.maps) == needs - BOTH
             same(given, teacher(batch), TOLERANCES[precision])
 
 
 def test_the_head_is_the_teachers(digits, make, network):
     batches = batches_of(digits)
-    source = make().source(batches, True)
+    source = make().source(batches, BOTH)
     outputs = source(next(batches.epoch(0)))
-    torch.testing.assert_close(outputs.head(outputs.layer4), outputs.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(outputs.head(outputs.last_map), outputs.logits, rtol=1e-4, atol=1e-4)
 
 
 def test_one_pass_serves_all_rows_and_seeds(digits, make, passes):
-    teacher = make(keep_maps=True)
+    teacher = make(needs=BOTH)
     for seed in (0, 1):
-        for with_maps in (False, True):
+        for needs in (LOGITS, BOTH):
             batches = batches_of(digits, seed=seed)
             for batch in batches.epoch(0):
-                teacher.source(batches, with_maps)(batch)
+                teacher.source(batches, needs)(batch)
     assert len(passes) == 1  # 40 images are one batch of the pass
 
 
 def test_maps_can_be_asked_for_later(digits, make, passes):
     teacher, batches = make(), batches_of(digits)
-    teacher.source(batches, False)
-    teacher.source(batches, True)
+    teacher.source(batches, LOGITS)
+    teacher.source(batches, BOTH)
     assert len(passes) == 2
 
 
 def test_outputs_outlive_the_process(digits, make, passes):
     batches = batches_of(digits)
-    make().source(batches, True)
-    source = make().source(batches, True)
+    make().source(batches, BOTH)
+    source = make().source(batches, BOTH)
     assert len(passes) == 1
     batch = next(batches.epoch(0))
     same(source(batch), make()(batch))
@@ -106,7 +110,7 @@ def test_outputs_outlive_the_process(digits, make, passes):
 
 @pytest.mark.parametrize("change", ["weights", "precision", "images", "mean", "fewer"])
 def test_a_change_is_noticed(digits, make, passes, tmp_path, change):
-    make().source(batches_of(digits), True)
+    make().source(batches_of(digits), BOTH)
     n = len(passes)
     teacher, batches = make(), batches_of(digits)
     if change == "weights":
@@ -121,7 +125,7 @@ def test_a_change_is_noticed(digits, make, passes, tmp_path, change):
         batches.mean = batches.mean + 0.01
     else:
         batches = batches_of(digits, n=39)
-    source = teacher.source(batches, True)
+    source = teacher.source(batches, BOTH)
     assert len(passes) == n + 1
     batch = next(batches.epoch(0))
     same(source(batch), teacher(batch), TOLERANCES[teacher.runtime.precision])
@@ -131,12 +135,12 @@ def test_a_change_is_noticed(digits, make, passes, tmp_path, change):
 @pytest.mark.parametrize("damage", ["cut short", "empty", "garbage", "pickle"])
 def test_a_damaged_file_is_made_anew(digits, make, passes, tmp_path, damage):
     batches = batches_of(digits)
-    make().source(batches, True)
+    make().source(batches, BOTH)
     for path in (tmp_path / "cache").iterdir():
         content = path.read_bytes()
         new = {"cut short": content[:-1], "empty": b"", "garbage": b"garbage" * 100, "pickle": b"\x80\x02N."}[damage]
         path.write_bytes(new)
-    source = make().source(batches, True)
+    source = make().source(batches, BOTH)
     assert len(passes) == 2
     batch = next(batches.epoch(0))
     same(source(batch), make()(batch))
@@ -148,7 +152,7 @@ def test_an_interrupted_pass_leaves_nothing(digits, make, monkeypatch, tmp_path)
 
     monkeypatch.setattr(Teacher, "__call__", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        make().source(batches_of(digits), True)
+        make().source(batches_of(digits), BOTH)
     assert os.listdir(tmp_path / "cache") == []
 
 
@@ -156,11 +160,11 @@ def test_without_room_the_teacher_is_run_live(digits, make, monkeypatch, capfd):
     full = type("Usage", (), {"free": 1000})()
     monkeypatch.setattr(teachers.shutil, "disk_usage", lambda folder: full)
     teacher = make()
-    assert teacher.source(batches_of(digits), True) is teacher
+    assert teacher.source(batches_of(digits), BOTH) is teacher
     lines = capfd.readouterr().err.splitlines()
-    assert ["logits and maps" in line for line in lines] == [True, False]  # all; then the logits alone
+    assert ["logits and last map" in line for line in lines] == [True, False]  # all; then the logits alone
     assert all("has no room" in line for line in lines)
-    assert teacher.source(batches_of(digits), False) is teacher
+    assert teacher.source(batches_of(digits), LOGITS) is teacher
     assert capfd.readouterr().err == ""  # tried once, and told once
 
 
@@ -169,33 +173,73 @@ def test_of_maps_too_large_for_half_precision_the_logits_are_kept(digits, make, 
 
     def huge(self, batch):
         outputs = call(self, batch)
-        return outputs._replace(layer4=outputs.layer4 * 1e9)
+        return outputs._replace(last_map=outputs.last_map * 1e9)
 
     monkeypatch.setattr(Teacher, "__call__", huge)
     teacher, batches = make(precision="bf16"), batches_of(digits)
-    assert teacher.source(batches, with_maps=True) is teacher
-    assert "maps are too large for float16" in capfd.readouterr().err
+    assert teacher.source(batches, BOTH) is teacher
+    assert "last map are too large for float16" in capfd.readouterr().err
     assert [path.name.split("_")[1] for path in (tmp_path / "cache").glob("*.npy")] == ["logits.npy"]
     n = len(passes)
-    source, batch = teacher.source(batches, with_maps=False), next(batches.epoch(0))
+    source, batch = teacher.source(batches, LOGITS), next(batches.epoch(0))
     same(source(batch), teacher(batch), TOLERANCES["bf16"])
-    assert teacher.source(batches, with_maps=True) is teacher
+    assert teacher.source(batches, BOTH) is teacher
     assert len(passes) == n + 1  # none but the one that this test compares with
 
 
 def test_where_maps_asked_for_later_cannot_be_kept_the_logits_stay(digits, make, monkeypatch, capfd):
     teacher, batches = make(), batches_of(digits)
-    teacher.source(batches, False)
+    teacher.source(batches, LOGITS)
     monkeypatch.setattr(teachers.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000})())
-    assert teacher.source(batches, True) is teacher
+    assert teacher.source(batches, BOTH) is teacher
     assert len(capfd.readouterr().err.splitlines()) == 1
-    assert teacher.source(batches, False) is not teacher
+    assert teacher.source(batches, LOGITS) is not teacher
+
+
+def test_other_images_are_answered_for_themselves(digits, make):
+    """Not with what is remembered of the training images."""
+    teacher = make()
+    teacher.source(batches_of(digits), BOTH)
+    split = Split(digits.test.images[:40], digits.test.labels[:40])
+    others = Batches(split, digits.mean, digits.std, 16, CPU)
+    for options in ({}, {"augment": True}):
+        others = Batches(split, digits.mean, digits.std, 16, CPU, **options)
+        batch = next(others.epoch(0))
+        same(teacher.source(others, LOGITS)(batch), teacher(batch)._replace(last_map=None, maps={}))
+
+
+def test_wild_maps_are_told_of(digits, make, monkeypatch, capfd):
+    call = Teacher.__call__
+
+    def wild(self, batch):
+        outputs = call(self, batch)
+        outputs.last_map[batch.index == 7] *= 100
+        return outputs
+
+    teacher, batches = make(needs=BOTH), batches_of(digits)
+    teacher.source(batches, BOTH)
+    assert capfd.readouterr().err == ""  # this one is not
+    monkeypatch.setattr(Teacher, "__call__", wild)
+    make("another").source(batches, BOTH)
+    assert "1 of 40 images huge feature maps" in capfd.readouterr().err
+
+
+def test_a_teacher_is_shown_images_as_it_wants_them(digits, network, make, tmp_path):
+    wanted = (0.1, 0.2, 0.3), (0.5, 0.4, 0.6)
+    batches = batches_of(digits)
+    teacher = make(shown=(digits.mean, digits.std), normalisation=wanted)
+    batch = next(batches.epoch(0))
+    plain = Batches(batches.split, *wanted, 16, CPU, shuffle=True)
+    expected = make()(next(plain.epoch(0)))
+    same(teacher(batch), expected, 1e-4)
+    same(teacher.source(batches, BOTH)(batch), expected, 1e-4)
+    same(make().source(batches, BOTH)(batch), make()(batch))  # whose cache is another
 
 
 def test_a_cache_turned_off_is_off(digits, network):
     teacher = Teacher(network, Runtime(CPU, "fp32"), "sha", 50.0)
-    assert teacher.source(batches_of(digits), True) is teacher
-    assert teacher.source(batches_of(digits, augment=True), False) is teacher
+    assert teacher.source(batches_of(digits), BOTH) is teacher
+    assert teacher.source(batches_of(digits, augment=True), LOGITS) is teacher
 
 
 # views
@@ -204,7 +248,7 @@ def test_a_cache_turned_off_is_off(digits, network):
 @pytest.mark.parametrize("precision", TOLERANCES)
 def test_views_are_the_live_outputs(digits, make, precision):
     teacher, batches = make(precision=precision), batches_of(digits, augment=True)
-    source = teacher.source(batches, False)
+    source = teacher.source(batches, LOGITS)
     assert source is not teacher
     for epoch in (0, 3):
         for batch in batches.epoch(epoch):
@@ -215,7 +259,7 @@ def test_a_view_is_computed_once(digits, make, passes):
     teacher = make()
     for _ in range(3):  # three rows of the same seed see the same views
         batches = batches_of(digits, augment=True)
-        source = teacher.source(batches, False)
+        source = teacher.source(batches, LOGITS)
         for epoch in range(2):
             for batch in batches.epoch(epoch):
                 source(batch)
@@ -225,13 +269,13 @@ def test_a_view_is_computed_once(digits, make, passes):
 
 def test_maps_of_views_are_live(digits, make):
     teacher = make()
-    assert teacher.source(batches_of(digits, augment=True), True) is teacher
+    assert teacher.source(batches_of(digits, augment=True), BOTH) is teacher
 
 
 def test_views_that_do_not_fit_are_live(digits, make, monkeypatch):
     monkeypatch.setattr(teachers, "free_memory", lambda device: 1000)
     teacher = make()
-    assert teacher.source(batches_of(digits, augment=True), False) is teacher
+    assert teacher.source(batches_of(digits, augment=True), LOGITS) is teacher
 
 
 def test_view_codes_tell_views_apart(digits):
@@ -248,9 +292,9 @@ def test_remembered_on_the_host_and_on_cuda(digits, network, tmp_path, monkeypat
     hardware = runtime.choose("cuda", "fp32")
     split = Split(digits.train.images[:40], digits.train.labels[:40])
     batches = Batches(split, digits.mean, digits.std, 16, hardware.device, shuffle=True)
-    teacher = Teacher(network, hardware, "sha", 50.0, tmp_path)
-    source = teacher.source(batches, True)
+    teacher = Teacher(network, hardware, "sha", 50.0, cache_dir=tmp_path)
+    source = teacher.source(batches, BOTH)
     for batch in batches.epoch(0):
         given = source(batch)
-        assert given.logits.is_cuda and given.layer4.is_cuda
+        assert given.logits.is_cuda and given.last_map.is_cuda
         same(given, teacher(batch), 1e-3)
