@@ -14,7 +14,7 @@ from data import Batch, Batches
 from models import CifarResNet, Outputs, folded
 from util.processes import Processes
 from util.runstate import Keeper, State
-from util.runtime import Diverged, Runtime
+from util.runtime import Diverged, Runtime, Terminal
 
 TEST_LOSS_BATCH = 256  # Test Loss is defined over batches of this many images
 
@@ -106,7 +106,9 @@ def fit(
 def _bar(name: str, batches: Batches, iteration: int, processes: Processes) -> tqdm:
     """A bar with images/s, on a terminal only."""
     done, hidden = iteration * batches.batch_size, None if processes.main else True
-    return tqdm(total=batches.n_images, initial=done, desc=name, unit="img", leave=False, disable=hidden)
+    return tqdm(
+        total=batches.n_images, initial=done, desc=name, unit="img", leave=False, disable=hidden, file=Terminal()
+    )
 
 
 @dataclass

@@ -22,9 +22,9 @@ from recipes import RECIPES, Recipe, described
 from report.results import Result, epochs_csv
 from teacher import Normalisation, Teacher
 from util.convolution import Conv3x3
-from util.files import remove_leftovers, replacing, sha256
+from util.files import ensure_writable, remove_leftovers, replacing, sha256
 from util.runstate import Keeper, differences, refuse_difference
-from util.runtime import Diverged, Runtime, UserError, compiled, inference_batch, say
+from util.runtime import Diverged, Runtime, UserError, compiled, inference_batch, say, show
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,7 @@ def train(recipe: Recipe, setup: Setup, teacher: Teacher | None = None) -> None:
     """
     processes, there = setup.runtime.processes, paths(recipe, setup)
     _check_batches(recipe, setup.dataset, processes.size)
+    ensure_writable(there.checkpoint.parent, "--checkpoint_dir")
     run, shorter = identity(recipe, setup, teacher), _shorter(recipe, setup, teacher)
     if shorter:
         run["warm_start"] = {"epochs": len(shorter.epochs), "checkpoint_sha256": shorter.checkpoint_sha256}
@@ -159,7 +160,7 @@ def train(recipe: Recipe, setup: Setup, teacher: Teacher | None = None) -> None:
             say(f"{there.result.stem}: finished already, see {there.result}; --overwrite trains it anew")
             print_figures(done.test)
             return
-        keeper.begin(setup.mode)
+        keeper.begin(setup.mode, may_grow=() if isinstance(recipe.alpha, str) else ("recipe.epochs",))
         try:
             network = _trained(recipe, setup, teacher, keeper, shorter)
             figures = evaluate(network, setup.dataset, plain(setup.runtime))
@@ -168,15 +169,20 @@ def train(recipe: Recipe, setup: Setup, teacher: Teacher | None = None) -> None:
         except Diverged:
             keeper.finish()  # such a run can't go on
             raise
-        if processes.main:
-            checkpoint.save(network, there.checkpoint, about(recipe, setup, run))
         print_figures(figures)
         if processes.main:
-            result = _result(recipe, setup, teacher, run, keeper.figures, figures)
-            with replacing(there.epochs) as file:
-                file.write(epochs_csv(result).encode())
-            result.write(there.result)
+            try:
+                checkpoint.save(network, there.checkpoint, about(recipe, setup, run))
+                _write_result(_result(recipe, setup, teacher, run, keeper.figures, figures), there)
+            except UserError as error:
+                raise UserError(f"{error}. The training is not lost: mend that, and go on with --resume") from None
         keeper.finish()
+
+
+def _write_result(result: Result, there: Paths) -> None:
+    with replacing(there.epochs) as file:
+        file.write(epochs_csv(result).encode())
+    result.write(there.result)
 
 
 def _shorter(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> Result | None:
@@ -272,7 +278,7 @@ def _trained(
             start=len(shorter.epochs) if shorter else 0,
         ):
             loss = figures["train_loss_over_batches"]
-            print(f"Epoch [{figures['epoch']}/{recipe.epochs}], Train Loss: {loss:.8f}", flush=True)
+            show(f"Epoch [{figures['epoch']}/{recipe.epochs}], Train Loss: {loss:.8f}")
             say(epoch_line(figures, recipe.epochs, len(dataset.train.labels)))
     return network
 
@@ -359,11 +365,11 @@ def test(trained: Trained, dataset: Dataset, runtime: Runtime) -> engine.Figures
 
 def print_figures(figures: engine.Figures) -> None:
     """The lines of a test."""
-    print(
+    show(
         f"Test Loss: {figures['test_loss']:.8f}, Top-1 test Accuracy: {figures['top1']:.8f}%, "
         f"Top-5 test Accuracy: {figures['top5']:.8f}%"
     )
-    print(f"Mean test cross-entropy: {figures['mean_ce']:.8f}", flush=True)
+    show(f"Mean test cross-entropy: {figures['mean_ce']:.8f}")
 
 
 def evaluate(
@@ -423,7 +429,7 @@ def make_teacher(trained: Trained, path: Path, setup: Setup, cache: bool, rows: 
         own, size = trained.about["image_size"], dataset.image_size
         say(f"the teacher was trained on images of {own}x{own} pixels and is shown images of {size}x{size}")
     top1 = evaluate(trained.network, dataset, plain(setup.runtime), trained.normalisation)["top1"]
-    print(f"Teacher Top-1: {top1:.8f}%", flush=True)
+    show(f"Teacher Top-1: {top1:.8f}%")
     return Teacher(
         trained.network,
         setup.runtime,

@@ -17,7 +17,7 @@ import report
 from jobs import Setup
 from recipes import EPOCHS, RECIPES, Recipe
 from teacher import Teacher
-from util import files, runtime
+from util import runtime
 from util.bounds import COUNT, POSITIVE
 from util.runtime import UserError, say
 
@@ -94,7 +94,6 @@ def run_rows(rows: list[Recipe], setup: Setup, args: argparse.Namespace) -> None
     for recipe in rows:
         for seed in args.seeds:
             here = replace(setup, seed=seed, augment=args.augment)
-            files.ensure_writable(jobs.paths(recipe, here).checkpoint.parent, "--checkpoint_dir")
             run_once(recipe, here, teacher if recipe.distils else None)
 
 

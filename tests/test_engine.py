@@ -195,3 +195,10 @@ def test_validation_stands_in_the_epochs_figures(digits):
     asked = iter([{"val_loss": 2.0, "val_top1": 10.0}, {"val_loss": 1.0, "val_top1": 20.0}])
     given = fit(student(), digits_batches(digits, n=32), epochs=2, validate=lambda: next(asked))
     assert [(figures["val_loss"], figures["val_top1"]) for figures in given] == [(2.0, 10.0), (1.0, 20.0)]
+
+
+def test_what_an_objective_learns_is_trained(digits):
+    loss = Loss(lambda logits, labels: F.cross_entropy(logits * loss.scale, labels))
+    loss.scale = torch.nn.Parameter(torch.tensor(1.0))
+    fit(student(), digits_batches(digits, n=32), objective=loss)
+    assert loss.scale.item() == pytest.approx(1.0, abs=0.002) and loss.scale.item() != 1.0  # one step of Adam

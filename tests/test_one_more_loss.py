@@ -12,6 +12,7 @@ import losses
 from losses import Loss, Setting
 from recipes import RECIPES, Recipe
 from util.bounds import POSITIVE
+from util.runstate import Keeper
 
 
 def logit_mse(student, teacher, labels, scale):
@@ -78,7 +79,6 @@ def test_an_entry_and_a_row_are_all(script, small, more, tmp_path, name):
         assert remembered["train_loss"] == pytest.approx(live["train_loss"], rel=1e-4)
         expected = 0.5 * remembered["ce"] + 0.5 * remembered[name]
         assert remembered["train_loss"] == pytest.approx(expected, rel=1e-5)
-    assert found[0][1][name] < found[0][0][name]
 
 
 def test_the_table_has_them(script, small, more, tmp_path):
@@ -114,10 +114,6 @@ def test_what_a_loss_learns_is_trained_and_resumed_and_not_in_the_checkpoint(scr
     assert keys and not any("parts" in key or "regress" in key for key in keys)
     whole = path.read_bytes()
 
-    monkeypatch = pytest.MonkeyPatch()
-    import engine
-    from util.runstate import Keeper
-
     kept = Keeper.save
 
     def stop(self, state):
@@ -125,9 +121,9 @@ def test_what_a_loss_learns_is_trained_and_resumed_and_not_in_the_checkpoint(scr
         assert state["parts"], "what the loss learns is not in the state"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Keeper, "save", stop)
-    assert engine.fit and script("train_distillation.py", *common, "--overwrite").code == 130
-    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Keeper, "save", stop)
+        assert script("train_distillation.py", *common, "--overwrite").code == 130
     ran = script("train_distillation.py", *common, "--resume")
     assert ran.code == 0 and "going on after 1 epochs" in ran.err
     assert path.read_bytes() == whole

@@ -17,10 +17,12 @@ import torch
 import data
 import models
 from recipes import RECIPES, ROWS
+from util.runstate import Keeper
 
 EPOCH = r"Epoch \[(\d+)/(\d+)\], Train Loss: (\d+\.\d{8})"
 TEST = r"Test Loss: (\d\.\d{8}), Top-1 test Accuracy: (\d+\.\d{8})%, Top-5 test Accuracy: (\d+\.\d{8})%"
 MEAN = r"Mean test cross-entropy: (\d+\.\d{8})"
+LINE = r"epoch \d/\d  loss +\d+\.\d{4}  ce .*  top-1 .*  alpha 1.000  lr 1.0e-03  [\d,]+ images/s"
 TEACHER = r"Teacher Top-1: (\d+\.\d{8})%"
 
 
@@ -47,7 +49,7 @@ def test_teacher_and_students_on_digits(script, tmp_path):
     ran = script("train.py", "--model_job", "teacher", "--weights", "none", "--epochs", 2, "--batch_size", 500, *digits)
     assert ran.code == 0, ran.err
     lines_are(ran.out, EPOCH, EPOCH, TEST, MEAN)
-    assert ran.err == ""  # no bar where there is no terminal
+    lines_are(ran.err, LINE, LINE)  # and no bar where there is no terminal
 
     ran = script("train.py", "--model_job", "student", "--epochs", 3, "--scheduler_step", 2, *digits)
     lines_are(ran.out, EPOCH, EPOCH, EPOCH, TEST, MEAN)
@@ -69,7 +71,8 @@ def test_teacher_and_students_on_digits(script, tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints" / "digits").glob("*.pth")) == names
 
     result = json.loads((tmp_path / "results" / "digits" / "student_seed0.json").read_text())
-    assert [figures["train_loss"] for figures in result["epochs"]] == pytest.approx(losses, abs=1e-8)
+    assert [figures["train_loss_over_batches"] for figures in result["epochs"]] == pytest.approx(losses, abs=1e-8)
+    assert [figures["alpha"] for figures in result["epochs"]] == [1.0] * 3
     assert result["test"]["top1"] == pytest.approx(float(tested[2])) and result["test"]["images"] == 297
     assert result["recipe"]["epochs"] == 3 and result["recipe"]["scheduler_step"] == 2
     assert [figures["learning_rate"] for figures in result["epochs"]] == pytest.approx([1e-3, 1e-3, 1e-4])
@@ -103,13 +106,14 @@ def expected_losses(recipe, root, teacher_file, epochs):
     if recipe.soft is None:
         return [hard] * epochs
     soft = kd = mse = s2t = 0.0
-    if recipe.T:
-        log_s, log_t = log_softmax(s.logits.numpy() / recipe.T), log_softmax(t.logits.numpy() / recipe.T)
-        soft = kd = recipe.T**2 * (np.exp(log_t) * (log_t - log_s)).sum() / len(labels)
+    T = recipe.settings.get("T")
+    if T:
+        log_s, log_t = log_softmax(s.logits.numpy() / T), log_softmax(t.logits.numpy() / T)
+        soft = kd = T**2 * (np.exp(log_t) * (log_t - log_s)).sum() / len(labels)
     if recipe.network == "feature_student":
-        mse = ((s.projected.numpy() - t.layer4.numpy()) ** 2).mean()
+        mse = ((s.projected.numpy() - t.last_map.numpy()) ** 2).mean()
         s2t = ce(s.projected.numpy().mean((2, 3)) @ weights.T + bias)
-    soft = kd if recipe.T else mse
+    soft = kd if T else mse
     # one batch an epoch
     ramp = [e / (epochs - 1) for e in range(epochs)]
     alphas = {"per epoch": ramp, "per iteration": ramp, "first epoch": [1] * epochs}.get(recipe.alpha)
@@ -129,24 +133,26 @@ def test_printed_loss_is_the_formula(script, small, small_teacher, recipe):
 
 def test_flags_change_the_loss(script, small, small_teacher):
     def loss(*flags):
-        args = ["--teacher", small_teacher, "--epochs", 1, "--learning_rate", 1e-12, "--batch_size", 40, *flags]
-        return losses_of(script("train_distillation.py", *small, *args).out)[0]
+        args = ["--teacher", small_teacher, "--epochs", 1, "--learning_rate", 1e-12, "--batch_size", 40, "--overwrite"]
+        return losses_of(script("train_distillation.py", *small, *args, *flags).out)[0]
 
-    logits = {loss(*flags) for flags in ([], ["--alpha", 0.2], ["--T", 5], ["--seed", 3])}
+    logits = {loss(*flags) for flags in ([], ["--alpha", 0.2], ["--T", 5], ["--seed", 3], ["--schedule", "per epoch"])}
     maps = {loss("--model_job", "distillation_LDH", *flags) for flags in ([], ["--beta", 0.1], ["--gamma", 0.3])}
-    assert len(logits) == 4 and len(maps) == 3
+    assert len(logits) == 5 and len(maps) == 3
 
 
 def test_runs_repeat_themselves_and_seeds_differ(script, small, tmp_path):
     def weights(seed):
-        assert script("train.py", "--model_job", "student", "--epochs", 2, "--seed", seed, *small).code == 0
-        return (tmp_path / "checkpoints" / "folder" / "resnet18.pth").read_bytes()
+        args = ["--epochs", 2, "--seed", seed, "--overwrite", *small]
+        assert script("train.py", "--model_job", "student", *args).code == 0
+        return (tmp_path / "checkpoints" / "folder" / f"seed{seed}" / "resnet18.pth").read_bytes()
 
     assert weights(1) == weights(1) != weights(2)
 
 
-def test_augmented_distillation_uses_the_live_teacher(script, small, small_teacher):
+def test_augmented_images_are_other_images(script, small, small_teacher):
     common = [*small, "--teacher", small_teacher, "--epochs", 1, "--learning_rate", 1e-12, "--batch_size", 40]
+    common += ["--overwrite"]
     plain = losses_of(script("train_distillation.py", *common).out)
     augmented = script("train_distillation.py", "--augment", *common)
     assert augmented.code == 0 and losses_of(augmented.out) != plain
@@ -196,7 +202,20 @@ BAD_FLAGS = [
     (["--beta=-1", "--model_job", "distillation_LDH"], "--beta"),
     (["--model_job", "distillation_KMJ0", "--alpha", "0.5"], "--alpha", "distillation_KMJ0", "scheduled (per epoch)"),
     (["--model_job", "distillation_LDH9", "--alpha", "0.5"], "scheduled (per iteration)"),
-    (["--model_job", "distillation_LDH5", "--T", "2"], "--T", "no temperature"),
+    (["--model_job", "distillation_LDH5", "--T", "2"], "--T", "has no T, it has no settings"),
+    (["--schedule", "constant", "--model_job", "distillation_KMJ0"], "give --alpha as well"),
+    (["--schedule", "per epoch", "--alpha", "0.5"], "--alpha", "scheduled (per epoch)"),
+    (["--schedule", "sometimes"], "sometimes", "per iteration"),
+    (["--epochs", "9" * 400], "--epochs: 999", "... is not a whole number from 1 to 100000"),
+    (["--learning_rate", "9" * 400], "--learning_rate", "is not a finite number"),
+    (["--lr", "0.1"], "there is no --lr here; did you mean --learning_rate?"),
+    (["--batch-size=8"], "did you mean --batch_size?"),
+    (["--temperature", "4"], "did you mean --T?"),
+    (["--epoch", "3"], "did you mean --epochs?"),
+    (["--checkpoint", "x"], "there is no --checkpoint here"),
+    (["--name", "student"], "--name: student is the name of a job"),
+    (["--name", "a/b"], "--name: a/b is not a name"),
+    (["--val_fraction", "1"], "--val_fraction: 1 is not a number from 0 to below 1"),
     (["--beta", "0.5"], "--beta", "no projector"),
     (["--gamma", "0"], "--gamma", "no projector"),
     (["--teacher", "nowhere.pth"], "nowhere.pth does not exist", "python train.py --model_job teacher"),
@@ -267,9 +286,120 @@ def test_a_batch_of_one_image(script, ready):
 def test_divergence_leaves_the_checkpoint_as_it_was(script, ready, tmp_path):
     student = tmp_path / "checkpoints" / "resnet18.pth"
     student.write_bytes(b"the last good one")
-    ran = script("train.py", "--model_job", "student", *ready, "--learning_rate", 1e30, "--epochs", 3)
+    ran = script("train.py", "--model_job", "student", *ready, "--learning_rate", 1e30, "--epochs", 3, "--overwrite")
     assert ran.code == 1 and "diverged" in ran.err and "--learning_rate" in ran.err and len(ran.err.splitlines()) == 1
     assert student.read_bytes() == b"the last good one"
+
+
+# what is finished stays
+
+
+def files_of(*folders):
+    return {path: path.read_bytes() for folder in folders for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_is_never_replaced_unasked(script, small, tmp_path):
+    folders = tmp_path / "checkpoints", tmp_path / "results"
+    common = ["train.py", "--model_job", "student", *small, "--batch_size", 20]
+    first = script(*common, "--epochs", 2)
+    before = files_of(*folders)
+    again = script(*common, "--epochs", 2)  # the very same: told, not trained
+    assert again.code == 0 and "finished already" in again.err and again.out == first.out.partition("\n")[2][34:]
+    for flags, words in [
+        (["--epochs", 1], "recipe.epochs: 2 there, 1 now"),
+        (["--epochs", 2, "--learning_rate", 0.1], "recipe.learning_rate: 0.001 there, 0.1 now"),
+        (["--epochs", 2, "--augment"], "augment: False there, True now"),
+        (["--epochs", 2, "--val_fraction", 0.3], "train_images: 40 there, 28 now"),
+    ]:
+        refused(script(*common, *flags), words, "--name", "--overwrite")
+    assert files_of(*folders) == before
+    assert script(*common, "--epochs", 1, "--seed", 1).code == 0  # stands in a folder of its own
+    assert script(*common, "--epochs", 1, "--name", "shorter").code == 0
+    now = files_of(*folders)
+    assert before.items() <= now.items()
+    names = {"seed1/resnet18.pth", "shorter.pth", "student_seed1.json", "shorter_seed0.json"}
+    assert names <= {str(path.relative_to(tmp_path)).partition("/folder/")[2] for path in now}
+    assert script(*common, "--epochs", 1, "--overwrite").code == 0
+    assert files_of(*folders).keys() == now.keys() and files_of(*folders) != now
+
+
+def test_a_checkpoint_of_unknown_origin_is_not_replaced(script, ready, tmp_path):
+    student = tmp_path / "checkpoints" / "resnet18.pth"
+    torch.save(models.build("student", 4).state_dict(), student)
+    before = student.read_bytes()
+    refused(script("train.py", "--model_job", "student", *ready, "--epochs", 1), "resnet18.pth is there", "--overwrite")
+    assert student.read_bytes() == before
+
+
+def test_a_finished_run_is_trained_on(script, small, tmp_path):
+    """With --resume and more epochs, from its weights; a schedule over the epochs can't be stretched."""
+    common = ["train.py", "--model_job", "student", *small, "--batch_size", 20]
+    first = script(*common, "--epochs", 1)
+    more = script(*common, "--epochs", 3, "--resume")
+    assert more.code == 0 and "training on from the 1 epochs" in more.err, more.err
+    assert [match[0] for match in re.findall(EPOCH, more.out)] == ["2", "3"]
+    assert losses_of(more.out)[0] < losses_of(first.out)[0]
+    result = json.loads((tmp_path / "results" / "folder" / "student_seed0.json").read_text())
+    assert result["warm_start"]["epochs"] == 1 and [epoch["epoch"] for epoch in result["epochs"]] == [1, 2, 3]
+    again = script("reproduce.py", *small, "--batch_size", 20, "--jobs", "student", "--epochs", 3)
+    assert again.code == 2 and "warm_start" in again.err  # not the row's own run
+
+
+def test_a_scheduled_run_is_not_trained_on(script, small, small_teacher):
+    common = ["train_distillation.py", "--model_job", "distillation_KMJ0", *small, "--teacher", small_teacher]
+    assert script(*common, "--epochs", 1).code == 0
+    ran = script(*common, "--epochs", 2, "--resume")
+    assert ran.code == 2 and "alpha of distillation_KMJ0 (per epoch)" in ran.err
+
+
+def test_a_cut_result_is_one_line(script, small, tmp_path):
+    common = ["train.py", "--model_job", "student", *small, "--epochs", 1]
+    assert script(*common).code == 0
+    (tmp_path / "results" / "folder" / "student_seed0.json").write_text('{"job": "stu')
+    for flags in ([], ["--resume"]):
+        refused(script(*common, *flags), "student_seed0.json is damaged")
+
+
+def test_a_teacher_resumes_without_its_start_weights(script, small, tmp_path):
+    start = tmp_path / "start.pth"
+    torch.save(models.build("teacher", 7).state_dict(), start)
+    common = ["train.py", "--model_job", "teacher", *small, "--epochs", 2, "--weights", start]
+    with pytest.MonkeyPatch.context() as patched:
+        kept = Keeper.save
+
+        def stop(self, state):
+            kept(self, state)
+            raise KeyboardInterrupt
+
+        patched.setattr(Keeper, "save", stop)
+        assert script(*common).code == 130
+    start.unlink()
+    ran = script(*common, "--resume")
+    assert ran.code == 0 and "going on after 1 epochs" in ran.err
+
+
+# what a checkpoint says of itself
+
+
+def test_a_file_of_any_name_is_tested_as_it_was_trained(script, small, tmp_path):
+    flags = ["--dataset", "folder", "--data_dir", small[3], "--device", "cpu"]
+    ran = script("train.py", "--model_job", "student", *flags, "--image_size", 8, "--epochs", 1, "--precision", "fp32")
+    path = tmp_path / "best.pth"
+    (tmp_path / "checkpoints" / "folder" / "resnet18.pth").rename(path)
+    tested = script("test.py", "--model_job", "student", *flags, "--checkpoint", path)  # the size is the checkpoint's
+    assert tested.code == 0 and tested.out == "\n".join(ran.out.splitlines()[1:]) + "\n"
+    ran = script("test.py", "--model_job", "student", *flags, "--checkpoint", path, "--image_size", 16)
+    refused(ran, "--image_size 16: the checkpoint was trained at 8")
+    ran = script("test.py", "--model_job", "student", "--dataset", "digits", "--checkpoint", path)
+    assert ran.code == 2 and len(ran.err.splitlines()) == 1
+
+
+def test_home_is_expanded_in_every_flag(script, small, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    folders = ["--checkpoint_dir=~/weights", "--results_dir=~/results"]
+    assert script("train.py", "--model_job", "student", *small, "--epochs", 1, *folders).code == 0
+    assert (tmp_path / "home" / "weights" / "resnet18.pth").exists()
+    assert (tmp_path / "home" / "results" / "student_seed0.json").exists() and not (tmp_path / "~").exists()
 
 
 # as processes
@@ -279,8 +409,8 @@ def test_a_last_step_that_spoils_all_writes_nothing(script, ready, tmp_path):
     """One step: its loss is that of before, and the weights after it are huge, but finite."""
     student = tmp_path / "checkpoints" / "resnet18.pth"
     student.write_bytes(b"the last good one")
-    args = ["train.py", "--model_job", "student", *ready, "--epochs", 1, "--batch_size", 40, "--learning_rate", 1e30]
-    ran = script(*args)
+    args = [*ready, "--epochs", 1, "--batch_size", 40, "--learning_rate", 1e30, "--overwrite"]
+    ran = script("train.py", "--model_job", "student", *args)
     assert ran.code == 1 and "diverged" in ran.err and "Test Loss:" not in ran.out
     assert student.read_bytes() == b"the last good one"
     assert written(tmp_path / "checkpoints") == ["resnet18.pth", "resnet50.pth"]
@@ -289,7 +419,7 @@ def test_a_last_step_that_spoils_all_writes_nothing(script, ready, tmp_path):
 def test_interrupt(process, ready, tmp_path):
     student = tmp_path / "checkpoints" / "resnet18.pth"
     student.write_bytes(b"the last good one")
-    running = process("train.py", "--model_job", "student", *ready, "--epochs", 100000)
+    running = process("train.py", "--model_job", "student", *ready, "--epochs", 100000, "--overwrite")
     assert re.match(EPOCH, running.stdout.readline())
     running.send_signal(signal.SIGINT)
     _, err = running.communicate(timeout=60)

@@ -33,7 +33,8 @@ class Conv3x3(nn.Conv2d):
         pixels = -(-x.shape[2] // self.stride[0]) * -(-x.shape[3] // self.stride[0])
         in_bf16 = x.device.type == "cpu" and x.dtype == torch.bfloat16 and torch.is_autocast_enabled("cpu")
         trains = self.weight.requires_grad and torch.is_grad_enabled()
-        return in_bf16 and trains and pixels <= PIXELS and self.out_channels >= CHANNELS
+        # A copy whose batch norm was folded into it has a bias, which the function below would drop.
+        return in_bf16 and trains and self.bias is None and pixels <= PIXELS and self.out_channels >= CHANNELS
 
 
 def _fits(conv: nn.Conv2d) -> bool:

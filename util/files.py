@@ -1,5 +1,7 @@
 """Files, written so that only whole ones take the place of others."""
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -10,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from util.runtime import UserError
+from util.runtime import UserError, say
 
 try:
     import fcntl
@@ -22,7 +24,8 @@ except ImportError:  # Windows: no locks
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Open a file to write that takes `path`'s place only once it is whole and on the disk; until then, `path` stays.
 
-    Raises UserError where the disk is full or the folder can't be written.
+    Raises UserError where the disk is full or the folder can't be written. What only makes it last through a power cut,
+    or sets its mode, is done where the file system can.
     """
     temporary = None
     try:
@@ -30,15 +33,17 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are for their owner alone
+            _sync(file.fileno())
+        with contextlib.suppress(OSError):  # a file system of no modes, or of another owner's
+            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are for their owner alone
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; what was there is as it was") from error
     finally:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
+        if temporary:
+            with contextlib.suppress(OSError):  # moved to its place; or its folder is gone
+                os.unlink(temporary)
 
 
 @contextmanager
@@ -73,7 +78,8 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
         os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
     finally:
-        path.unlink(missing_ok=True)  # before letting go of it: see _lock
+        with contextlib.suppress(OSError):  # its folder is gone, or read-only by now
+            path.unlink(missing_ok=True)  # before letting go of it: see _lock
         os.close(handle)
 
 
@@ -86,6 +92,8 @@ def _lock(path: Path, wait: bool) -> int:
             raise UserError(f"cannot write {path}: {error.strerror}") from error
         try:
             # lockf, as its locks, unlike those of flock, are not kept alive by worker processes that outlive this one.
+            # (So not the package filelock: it uses flock, and where that is missing a file that a killed process
+            # leaves behind as a lock for ever.)
             fcntl.lockf(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
                 return handle
@@ -93,6 +101,9 @@ def _lock(path: Path, wait: bool) -> int:
             holder = os.read(handle, 200).decode(errors="replace")
             os.close(handle)
             raise Locked(holder or "another process") from None
+        except OSError as error:  # ENOLCK, ENOSYS and others of network and user-space file systems
+            say(f"going on without a lock: {path.parent} has none ({error.strerror}); start no second run of this one")
+            return handle
         os.close(handle)  # its holder removed it meanwhile: it locks nothing any more
 
 
@@ -103,13 +114,23 @@ def _umask() -> int:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename in the folder last through a power cut."""
+    """Make a rename in the folder last through a power cut, where that can be had."""
     if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        with contextlib.suppress(OSError):  # network and user-space file systems may not open, or sync, a folder
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+
+def _sync(handle: int) -> None:
+    """fsync, where the file system has it; a full disk is still told of."""
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
 
 
 def ensure_writable(folder: Path, flag: str) -> None:

@@ -11,7 +11,7 @@ import os
 import pickle
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,10 @@ from util import files
 from util.processes import Processes, local_rank
 from util.runtime import Stopped, UserError, say
 
-MAGIC = b"run state 1\n"
+MAGIC = b"run state 2\n"
 DIGEST = 64  # hex digits of a SHA-256
 EVERY = 300  # seconds
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 ONE_WISH = 1.0  # seconds within which a second signal is the first once more: from the terminal, and from torchrun
 SAVE = 1  # what a process wishes besides a signal's number, which are higher for all of SIGNALS
 
@@ -94,17 +94,21 @@ class Keeper:
         self._writer = ThreadPoolExecutor(1)
         self._written: Future | None = None
 
-    def begin(self, mode: str) -> None:
+    def begin(self, mode: str, may_grow: tuple[str, ...] = ()) -> None:
         """mode: "new" refuses where a state is there, "resume" takes it where there is one, "overwrite" removes it.
 
-        Raises UserError for a state that is damaged, of other settings, or in the way.
+        may_grow: settings that may be higher now than in the state. Raises UserError for a state that is damaged, of
+        other settings, or in the way.
         """
         if self.processes.main:
             self._prepare(mode)
-        self.processes.wait()
+        self.processes.barrier()
         if self.path.exists():
             self.state = load(self.path)
-            refuse_difference(self.state["identity"], self.identity, self.path, "start over with --overwrite")
+            there = self.state["identity"]
+            found = differences(there, self.identity)
+            grown = [key for key in may_grow if key in found and found[key][0] < found[key][1]]
+            refuse_difference(there, self.identity, self.path, "start over with --overwrite", grown)
             self.figures = self.state["figures"]
 
     def _prepare(self, mode: str) -> None:
@@ -129,7 +133,7 @@ class Keeper:
         if self.path is None:
             return False
         wish = self.heard or (SAVE if time.monotonic() - self.saved > EVERY else 0)
-        agreed = self.processes.highest_before(wish)
+        agreed = self.processes.last_all_reduce_max(wish)
         self.stop = agreed if agreed > SAVE else 0
         return agreed > 0
 
@@ -148,7 +152,7 @@ class Keeper:
             self._written = self._writer.submit(save, state, self.path)
         if self.stop:
             self._finish_writing()
-            self.processes.wait()
+            self.processes.barrier()
             raise Stopped(self.stop, self.path)
 
     def _finish_writing(self) -> None:
@@ -166,7 +170,7 @@ class Keeper:
         if self.processes.main:
             self._finish_writing()
             self._remove()
-        self.processes.wait()
+        self.processes.barrier()
 
     def _remove(self) -> None:
         for path in (self.path, previous(self.path)):
@@ -189,7 +193,7 @@ class Keeper:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Take SIGTERM, SIGINT and SIGUSR1 as the wish to save the state and stop; a second one stops at once.
+        """Take SIGTERM, SIGINT, SIGHUP and SIGUSR1 as the wish to save the state and stop; a second one stops at once.
 
         Raises Stopped where one came too late for a step to follow it.
         """
@@ -198,26 +202,32 @@ class Keeper:
             if self.heard and time.monotonic() - self.heard_at > ONE_WISH:
                 raise KeyboardInterrupt
             if not self.heard and local_rank() == 0:
-                os.write(2, b"\nstopping after this batch; once more to stop at once\n")  # print might be interrupted
+                with contextlib.suppress(OSError):  # a terminal that has hung up
+                    os.write(2, b"\nstopping after this batch; once more to stop at once\n")  # print may be interrupted
             self.heard, self.heard_at = number, time.monotonic()
 
         before = {number: signal.signal(number, hear) for number in SIGNALS}
         try:
             yield
-            if stop := self.processes.highest(self.heard):
+            if stop := self.processes.all_reduce_max(self.heard):
                 raise Stopped(stop, self.path)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
 
-def refuse_difference(there: State, now: State, path: Path, advice: str) -> None:
-    """Raise UserError, naming the setting, where two identities differ."""
-    flat_there = flat(there)
-    for key, value in flat(now).items():
-        if flat_there.get(key) != value:
-            found = f"{key}: {flat_there.get(key)} there, {value} now"
-            raise UserError(f"{path} comes from other settings ({found}); {advice}")
+def refuse_difference(there: State, now: State, path: Path, advice: str, but: Iterable[str] = ()) -> None:
+    """Raise UserError, naming the setting, where two identities differ, but in settings that may."""
+    for key, (found, value) in differences(there, now).items():
+        if key in but:
+            continue
+        raise UserError(f"{path} comes from other settings ({key}: {found} there, {value} now); {advice}")
+
+
+def differences(there: State, now: State) -> dict[str, tuple[Any, Any]]:
+    """The settings of `now` that `there` has not, or has otherwise: by name, there and now."""
+    flat_there, flat_now = flat(there), flat(now)
+    return {key: (flat_there.get(key), value) for key, value in flat_now.items() if flat_there.get(key) != value}
 
 
 def flat(tree: State, prefix: str = "") -> State:

@@ -1,7 +1,10 @@
-"""What a run runs on: device, precision, seed; and the exceptions that end a script with one line."""
+"""What a run runs on: device, precision, processes; and the exceptions that end a script with one line."""
 
+import contextlib
 import ctypes
+import os
 import platform
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -49,15 +52,15 @@ class Runtime:
 
 
 def choose(device: str = "auto", precision: str = "auto") -> Runtime:
-    """The runtime for --device auto|cpu|cuda and --precision auto|fp32|bf16.
+    """The runtime for --device auto|cpu|cuda|cuda:N and --precision auto|fp32|bf16.
 
     auto takes CUDA where there is one, and bf16 where the hardware computes in it. What is in float32 is plain float32,
     never TF32. Under torchrun each process of a machine takes a GPU of its own. Raises UserError for cuda where there
     is none, or none left.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device is available here; use --device cpu, or auto")
-    chosen = _gpu() if device != "cpu" and torch.cuda.is_available() else torch.device("cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: no CUDA device is available here; use --device cpu, or auto")
+    chosen = _gpu(device) if device != "cpu" and torch.cuda.is_available() else torch.device("cpu")
     if precision == "auto":
         precision = "bf16" if _computes_in_bf16(chosen) else "fp32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -81,9 +84,21 @@ def keep_freed_memory() -> None:
         mallopt(mmap_threshold, 2**31 - 1)
 
 
-def _gpu() -> torch.device:
+def device_name(text: str) -> str:
+    """The name of a device, in the form of --device. Raises ValueError, which says what there is."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", text):
+        raise ValueError(f"{text} is no device; there are auto, cpu, cuda, and cuda:N for the GPU of number N")
+    return text
+
+
+def _gpu(name: str) -> torch.device:
     """This process's GPU, with its number, so that it equals the device of the tensors on it."""
-    number, there = processes.local_rank(), torch.cuda.device_count()
+    asked, there = name.partition(":")[2], torch.cuda.device_count()
+    if asked and processes.local_size() > 1:
+        raise UserError(f"--device {name}: under torchrun each process takes a GPU of its own; use --device cuda")
+    number = int(asked) if asked else processes.local_rank()
+    if asked and number >= there:
+        raise UserError(f"--device {name}: there are {there} GPUs here, cuda:0 to cuda:{there - 1}")
     if number >= there:
         raise UserError(f"--nproc_per_node is {processes.local_size()}, but there are {there} GPUs; start one for each")
     torch.cuda.set_device(number)
@@ -93,7 +108,33 @@ def _gpu() -> torch.device:
 def say(message: str) -> None:
     """A line to the user, on stderr; of several processes on a machine only the first speaks."""
     if processes.local_rank() == 0:
-        print(message, file=sys.stderr)
+        with contextlib.suppress(OSError, ValueError):  # a terminal that is gone is no reason to lose a run
+            print(message, file=sys.stderr, flush=True)
+
+
+def show(line: str) -> None:
+    """A line of figures, on stdout. Who closed it (head, a terminal that is gone) misses the rest; the run goes on."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # what is in its buffer would fail again when Python ends
+        os.close(nowhere)
+
+
+class Terminal:
+    """stderr for a bar: one that goes on where its terminal is gone."""
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(sys.stderr, name)
 
 
 def compiled(network: torch.nn.Module, shape: tuple[int, ...], runtime: Runtime) -> Callable[[torch.Tensor], object]:
@@ -106,7 +147,7 @@ def compiled(network: torch.nn.Module, shape: tuple[int, ...], runtime: Runtime)
     try:
         with runtime.autocast():
             images = torch.zeros(shape, device=runtime.device).to(memory_format=torch.channels_last)
-            fast(images).logits.sum().backward()
+            fast(images)[0].sum().backward()  # of the first of its outputs, whatever that is
     except Exception as error:  # a compiler can fail in any way
         reason = str(error).strip().partition("\n")[0]
         say(f"torch.compile failed ({type(error).__name__}: {reason}); going on without it")
