@@ -401,8 +401,12 @@ def load(recipe: Recipe, path: Path, dataset: str = "cifar100") -> Trained:
     hint = f"make it with: python {script} --model_job {recipe.job}{flags}"
     state, about = checkpoint.read(path, hint)
     holds = checkpoint.describe(state)
-    network = models.build(recipe.network, holds.classes, holds.stem)
-    return Trained(checkpoint.load(network, recipe.network, path, hint), about)
+    classes = len(about["classes"]) if about else holds.classes
+    if classes is None:
+        raise UserError(f"{path} holds a {holds.title}, and says nothing of its classes")
+    network = models.build(recipe.network, classes, holds.stem)
+    checkpoint.fit_into(network, recipe.network, state, path)
+    return Trained(network, about)
 
 
 def check_fit(trained: Trained, dataset: Dataset, path: Path) -> None:
