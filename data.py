@@ -6,91 +6,63 @@ values 0..16 stretched to 0..255. The split is fixed and stratified: of each cla
 testing.
 """
 
-import contextlib
 import functools
 import hashlib
-import json
-import os
-import sys
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from torchvision import datasets
 
-from util import files
-from util.processes import Processes, local_size
+from util import cifar, images
+from util.images import ImageFiles, Statistics, statistics
+from util.images import read_image as _read_image  # noqa: F401, by which others decode as is done here
+from util.processes import Processes
 from util.runtime import UserError, free_memory, say
 
 DATASETS = ("cifar100", "cifar10", "tiny_imagenet", "folder", "digits")
+RESIZED = {"folder": 32, "tiny_imagenet": 64}  # those of image files, and the side they are resized to unless told
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".tiff"}
 DIGITS = Path(__file__).with_name("digits.npz")
 PADDING = 4  # of the random crop, in pixels
 OFFSETS = 2 * PADDING + 1  # of the crop's window, down and across
 VIEWS = OFFSETS * OFFSETS * 2  # and flipped or not
-CACHE_FORMAT = 2
-
-Statistics = tuple[float, float, float]  # one value for each of red, green and blue
+HELD_OUT_SEED = 1  # which training images are held out is the same for all runs
 
 
-class ImageFiles(torch.utils.data.Dataset):
-    """Images on the disk, decoded each time they are asked for: for sets that memory does not hold.
+@dataclass(frozen=True)
+class Split:
+    """images: uint8 (N, H, W, 3), contiguous, or the files they are decoded from; labels: int64 (N,).
 
-    key: differs where the files do.
+    known_digest: that of the pixels, where they are not at hand to be asked.
     """
-
-    def __init__(self, paths: list[Path], size: int, key: str):
-        # One array: a list of a million paths would be copied into each worker as its reference counts change.
-        self.paths, self.key = np.array([os.fsencode(path) for path in paths]), key
-        self.shape = (len(paths), size, size, 3)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return torch.from_numpy(np.array(_read_image(Path(os.fsdecode(self.paths[index])), self.shape[1])))
-
-    def read(self, parts: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """The images of each part (indices), uint8 (B, H, W, 3), decoded by worker processes.
-
-        Raises UserError for an image that can't be read.
-        """
-        loader = torch.utils.data.DataLoader(
-            self,
-            batch_sampler=[part.tolist() for part in parts],
-            num_workers=max(1, min(16, (os.cpu_count() or 1) // local_size())),
-            generator=torch.Generator(),  # it draws a seed for the workers, not from the run's own generator
-        )
-        try:
-            yield from loader
-        except UserError as error:  # a worker's traceback and, at its end, what it raised
-            raise UserError(str(error).rstrip().rpartition("UserError: ")[2]) from None
-
-
-class Split(NamedTuple):
-    """images: uint8 (N, H, W, 3), contiguous, or the files they are decoded from; labels: int64 (N,)."""
 
     images: torch.Tensor | ImageFiles
     labels: torch.Tensor
+    known_digest: str | None = None
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Differs where a pixel does, whether the images are decoded or streamed."""
+        return self.known_digest or hashlib.sha256(self.images.numpy()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set in memory, with the statistics of its training images' channels, pixels taken as 0 to 1."""
+    """A data set, with the statistics of its training images' channels, pixels taken as 0 to 1.
+
+    train: None where only a checkpoint is to be tested. val: training images that are held out of train.
+    """
 
     name: str
-    train: Split
+    train: Split | None
     test: Split
     classes: tuple[str, ...]
     mean: Statistics
     std: Statistics
+    val: Split | None = None
 
     @property
     def num_classes(self) -> int:
@@ -98,24 +70,24 @@ class Dataset:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Differs where an image or a label does; of streamed images, where a file does."""
-        return _digest(self.train, self.test)
+        """Differs where an image or a label does."""
+        return _fingerprint(self.train, self.test)
 
     @functools.cached_property
     def test_fingerprint(self) -> str:
         """`fingerprint` of the test images alone: results that share it were tested on the same images, in order."""
-        return _digest(self.test)
+        return _fingerprint(self.test)
 
     @property
     def image_size(self) -> int:
         """The side of the images, which are square."""
-        return self.train.images.shape[1]
+        return self.test.images.shape[1]
 
 
-def _digest(*parts: Split) -> str:
+def _fingerprint(*parts: Split) -> str:
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(part.images.numpy() if isinstance(part.images, torch.Tensor) else part.images.key.encode())
+        digest.update(part.digest.encode())
         digest.update(part.labels.numpy())
     return digest.hexdigest()[:32]
 
@@ -177,8 +149,7 @@ class Batches:
 
     def fingerprint(self) -> str:
         """Differs where the images or their normalisation do."""
-        images = self.split.images
-        digest = hashlib.sha256(images.key.encode() if self.streams else images.numpy())
+        digest = hashlib.sha256(self.split.digest.encode())
         for tensor in (self.mean, self.std):
             digest.update(tensor.cpu().numpy())
         return digest.hexdigest()
@@ -251,53 +222,79 @@ def _generator(seed: int, epoch: int, purpose: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
 
 
-def load(name: str, data_dir: str | Path = "data", image_size: int | None = None, stream: bool = False) -> Dataset:
+def load(
+    name: str,
+    data_dir: str | Path = "data",
+    image_size: int | None = None,
+    stream: bool = False,
+    *,
+    classes: tuple[str, ...] | None = None,
+    mean: Statistics | None = None,
+    std: Statistics | None = None,
+) -> Dataset:
     """The data set of that name, one of DATASETS, read from data_dir.
 
     image_size: the side that images are resized to; for "folder" (32 if None) and "tiny_imagenet" (64 if None) alone.
     stream: leave these two on the disk and decode their images as they are asked for; done unasked, and said, where
     the decoded images would take more than half of the memory that is free.
-    Raises UserError for a data set that is unknown, missing, damaged, or that can't be downloaded.
+    classes, mean, std: of a checkpoint that is to be tested: its classes number the labels, and image files need no
+    train/. Raises UserError for a data set that is unknown, missing, damaged, or that can't be downloaded.
     """
-    data_dir = Path(data_dir)
+    data_dir = Path(data_dir).expanduser()
     if name not in DATASETS:
         raise UserError(f"unknown data set {name}; there are {', '.join(DATASETS)}")
-    if image_size is not None and name not in ("folder", "tiny_imagenet"):
+    if image_size is not None and name not in RESIZED:
         raise UserError(f"--image_size: the images of {name} have a fixed size; leave the flag away")
     if image_size is not None and image_size < 8:
         raise UserError(f"--image_size {image_size} is too small; the networks need 8 at least")
-    if stream and name not in ("folder", "tiny_imagenet"):
+    if stream and name not in RESIZED:
         raise UserError(f"--stream: {name} comes in one piece, not as image files; leave the flag away")
     if name == "digits":
-        return _digits()
-    if name == "folder":
-        return _images(name, data_dir, _folder_files(data_dir), image_size or 32, stream)
-    if name == "tiny_imagenet":
-        root = _tiny_imagenet_root(data_dir)
-        return _images(name, root, _tiny_imagenet_files(root), image_size or 64, stream)
-    return _cifar(name, data_dir)
+        dataset = _digits()
+    elif name in RESIZED:
+        dataset = _of_files(name, data_dir, image_size or RESIZED[name], stream, classes, (mean, std))
+    else:
+        dataset = _cifar(name, data_dir)
+    return _numbered(dataset, classes) if classes and classes != dataset.classes else dataset
 
 
-def _dataset(name: str, train: Split, test: Split, classes: tuple[str, ...]) -> Dataset:
-    if name == "cifar100":
-        return Dataset(name, train, test, classes, CIFAR100_MEAN, CIFAR100_STD)
-    return Dataset(name, train, test, classes, *_statistics([train.images]))
+def _numbered(dataset: Dataset, classes: tuple[str, ...]) -> Dataset:
+    """The data set with the test labels' numbers by another order of the classes. Raises UserError for a class more."""
+    number = {label: index for index, label in enumerate(classes)}
+    there = [dataset.classes[index] for index in dataset.test.labels.unique().tolist()]
+    if unknown := [label for label in there if label not in number]:
+        raise UserError(
+            f"the test images are of other classes than the checkpoint's: {images.some(unknown)}; it knows "
+            f"{images.some(classes)}"
+        )
+    translated = torch.tensor([number.get(label, -1) for label in dataset.classes])[dataset.test.labels]
+    test = Split(dataset.test.images, translated, dataset.test.known_digest)
+    return Dataset(dataset.name, None, test, classes, dataset.mean, dataset.std)
 
 
-def _statistics(parts: Iterable[torch.Tensor]) -> tuple[Statistics, Statistics]:
-    """Mean and standard deviation of each channel of the images in all parts, uint8 (B, H, W, 3) each.
-
-    In float64, from how often each pixel value occurs, so that it does not matter how the images are parted.
+def held_out(split: Split, fraction: float, num_classes: int) -> tuple[Split, Split]:
+    """The training images that remain, and those that are held out: of each class the fraction, rounded, drawn once
+    and for all runs. Raises UserError where that leaves a class, or either part, without an image.
     """
-    counts = torch.zeros(3, 256, dtype=torch.int64)
-    for images in parts:
-        counts += torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(3)])
-    pixels = torch.arange(256, dtype=torch.float64) / 255
-    shares = counts.double() / counts.double().sum(1, keepdim=True)
-    mean = shares @ pixels
-    std = (shares @ pixels**2 - mean**2).clamp(min=0).sqrt()
-    std[std < 1e-6] = 1.0  # a channel of one value: nothing to stretch
-    return tuple(mean.tolist()), tuple(std.tolist())
+    generator, chosen = torch.Generator().manual_seed(HELD_OUT_SEED), torch.zeros(len(split.labels), dtype=torch.bool)
+    for label in range(num_classes):
+        members = (split.labels == label).nonzero().squeeze(1)
+        take = round(fraction * len(members))
+        if take == len(members):
+            raise UserError(
+                f"--val_fraction {fraction:g} leaves a class of {len(members)} images without any; lower it"
+            )
+        chosen[members[torch.randperm(len(members), generator=generator)[:take]]] = True
+    if not chosen.any():
+        raise UserError(f"--val_fraction {fraction:g} holds out no image of any class; raise it")
+    return _subset(split, ~chosen), _subset(split, chosen)
+
+
+def _subset(split: Split, chosen: torch.Tensor) -> Split:
+    index = chosen.nonzero().squeeze(1)
+    digest = hashlib.sha256(split.digest.encode() + index.numpy().tobytes()).hexdigest()
+    streamed = isinstance(split.images, ImageFiles)
+    return Split(split.images.subset(index) if streamed else split.images[index], split.labels[index], digest)
 
 
 def _digits() -> Dataset:
@@ -309,201 +306,45 @@ def _digits() -> Dataset:
             )
             for part in ("train", "test")
         )
-    return _dataset("digits", train, test, tuple("0123456789"))
+    return Dataset("digits", train, test, tuple("0123456789"), *statistics(train.images))
 
 
 def _cifar(name: str, data_dir: Path) -> Dataset:
-    """CIFAR-10 or CIFAR-100 by torchvision, downloaded where it is not there yet."""
-    kind = datasets.CIFAR100 if name == "cifar100" else datasets.CIFAR10
-    with contextlib.redirect_stdout(sys.stderr):  # torchvision's remarks are no figures
-        try:
-            parts = [kind(data_dir, train=train, download=False) for train in (True, False)]
-        except RuntimeError:  # missing, or a file is not as its checksum says
-            parts = _download_cifar(kind, name, data_dir)
-    # torchvision gives a transposed view, whose memory no digest and no copy could read from end to end.
-    arrays = [np.ascontiguousarray(part.data) for part in parts]
-    labels = [torch.tensor(part.targets) for part in parts]
-    train, test = (Split(torch.from_numpy(images), numbers) for images, numbers in zip(arrays, labels, strict=True))
-    return _dataset(name, train, test, tuple(parts[0].classes))
+    *parts, classes = cifar.load(name, data_dir)
+    train, test = (Split(torch.from_numpy(part.images), torch.from_numpy(part.labels)) for part in parts)
+    # CIFAR-100's are those of the reference.
+    mean, std = (CIFAR100_MEAN, CIFAR100_STD) if name == "cifar100" else statistics(train.images)
+    return Dataset(name, train, test, classes, mean, std)
 
 
-def _download_cifar(kind: type[datasets.CIFAR10], name: str, data_dir: Path) -> list[datasets.CIFAR10]:
-    try:
-        return [kind(data_dir, train=train, download=True) for train in (True, False)]
-    except (OSError, RuntimeError) as error:  # no network; what came is damaged
-        damaged = f"{data_dir / kind.base_folder} is incomplete or damaged, and " if _exists(kind, data_dir) else ""
-        raise UserError(
-            f"{damaged}{name} can't be downloaded ({error}); put {kind.filename} (from {kind.url}) into {data_dir}, "
-            "or use --dataset digits or --dataset folder, which need no network"
-        ) from None
-
-
-def _exists(kind: type[datasets.CIFAR10], data_dir: Path) -> bool:
-    return (data_dir / kind.base_folder).exists() or (data_dir / kind.filename).exists()
-
-
-Files = dict[str, list[tuple[Path, str]]]  # for "train" and "test": each image and its class
-
-
-def _folder_files(root: Path) -> Files:
-    """The images of train/<class>/* and test/<class>/*; class folders may be links."""
-    listing = {part: _class_files(root / part, root) for part in ("train", "test")}
-    only = {part: {name for _, name in found} for part, found in listing.items()}
-    for part, other in (("train", "test"), ("test", "train")):
-        if extra := sorted(only[part] - only[other]):
-            names = ", ".join(extra[:5]) + (f" and {len(extra) - 5} more" if len(extra) > 5 else "")
-            raise UserError(f"{root}: classes in {part}/ that are not in {other}/: {names}; both need the same")
-    return listing
-
-
-def _class_files(part: Path, root: Path) -> list[tuple[Path, str]]:
-    if not part.is_dir():
-        raise UserError(f"{part} is not there; {root} must hold train/<class>/<images> and test/<class>/<images>")
-    classes = sorted(entry for entry in part.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    files = [(path, folder.name) for folder in classes for path in _images_in(folder)]
-    if not files:
-        raise UserError(f"{part} holds no images; it must hold a folder of images for each class")
-    return files
-
-
-def _images_in(folder: Path) -> list[Path]:
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
-    if not paths:
-        raise UserError(f"{folder} holds no images ({' '.join(sorted(SUFFIXES))})")
-    return paths
-
-
-def _tiny_imagenet_root(data_dir: Path) -> Path:
-    for root in (data_dir / "tiny-imagenet-200", data_dir):
-        if (root / "val" / "val_annotations.txt").is_file():
-            return root
-    raise UserError(f"{data_dir} holds no tiny-imagenet-200 folder; unpack tiny-imagenet-200.zip there")
-
-
-def _tiny_imagenet_files(root: Path) -> Files:
-    """The standard layout; its labelled validation images are the test images."""
-    train = [
-        (path, folder.name)
-        for folder in sorted((root / "train").glob("*"))
-        if folder.is_dir()
-        for path in _images_in(folder / "images")
-    ]
-    lines = (root / "val" / "val_annotations.txt").read_text().splitlines()
-    fields = [line.split("\t") for line in lines if line.strip()]
-    test = [(root / "val" / "images" / field[0], field[1]) for field in fields if len(field) > 1]
-    if not train or not test:
-        raise UserError(f"{root}: train/ or val/ holds no images; unpack tiny-imagenet-200.zip again")
-    if unknown := {name for _, name in test} - {name for _, name in train}:
-        raise UserError(f"{root}: val_annotations.txt names {min(unknown)}, which is no class of train/")
-    return {"train": train, "test": test}
-
-
-def _images(name: str, root: Path, listing: Files, size: int, stream: bool) -> Dataset:
-    """The data set of these image files, decoded or, to stream or where that would not fit the memory, not."""
-    classes = tuple(sorted({label for _, label in listing["train"]}))
+def _of_files(
+    name: str,
+    data_dir: Path,
+    size: int,
+    stream: bool,
+    classes: tuple[str, ...] | None,
+    normalisation: tuple[Statistics | None, Statistics | None],
+) -> Dataset:
+    """The data set of the image files there, decoded or, to stream or where that would not fit the memory, not."""
+    found = images.find(data_dir, classes)
+    key, parts = images.key_of(found, size), {"train": found.train, "test": found.test}
+    parts = {part: listed for part, listed in parts.items() if listed is not None}
+    classes = tuple(sorted({label for _, label in found.train})) if found.train else classes
     number = {label: index for index, label in enumerate(classes)}
-    labels = {part: torch.tensor([number[label] for _, label in found]) for part, found in listing.items()}
-    key = _fingerprint(root, listing, size)
-    needed, there = size * size * 3 * sum(map(len, listing.values())), free_memory(torch.device("cpu"))
+    labels = {part: torch.tensor([number[label] for _, label in listed]) for part, listed in parts.items()}
+    needed, there = size * size * 3 * sum(map(len, parts.values())), free_memory(torch.device("cpu"))
     if not stream and 0 < there < 2 * needed:
         stream = True
         say(f"streaming: decoded, the images would take {needed / 1e9:.1f} GB, of memory {there / 1e9:.1f} GB are free")
-    if not stream:
-        images = _decoded(root, listing, size, key)
-        return _dataset(name, *(Split(torch.from_numpy(images[part]), labels[part]) for part in listing), classes)
-    train, test = (Split(ImageFiles([path for path, _ in listing[part]], size, key), labels[part]) for part in listing)
-    return Dataset(name, train, test, classes, *_streamed_statistics(train.images, root))
-
-
-def _streamed_statistics(images: ImageFiles, root: Path) -> tuple[Statistics, Statistics]:
-    """Mean and standard deviation, from one pass over the files, or as kept beside them since the last one."""
-    path = root / f".statistics_{images.shape[1]}.json"
-    try:
-        kept = json.loads(path.read_text())
-        if kept["key"] == images.key:
-            return tuple(kept["mean"]), tuple(kept["std"])
-    except (OSError, ValueError, LookupError, TypeError):
-        pass
-    mean, std = _statistics(images.read(torch.arange(len(images)).split(250)))
-    try:
-        files.write_json({"key": images.key, "mean": mean, "std": std}, path)
-    except UserError as error:
-        say(f"the images' mean is not kept, the next start reads them all again ({error})")
-    return mean, std
-
-
-def _decoded(root: Path, listing: Files, size: int, key: str) -> dict[str, np.ndarray]:
-    """Decode the images, or take them from the cache beside them where nothing changed since."""
-    cache = root / f".decoded_{size}.npz"
-    images = _read_cache(cache, key)
-    if images is None:
-        images = {part: _decode([path for path, _ in found], size) for part, found in listing.items()}
-        _write_cache(cache, key, images)
-    return images
-
-
-def _fingerprint(root: Path, listing: Files, size: int) -> str:
-    """What changes when an image is added, removed, renamed or written anew, or is to have another size."""
-    digest = hashlib.sha256(f"{CACHE_FORMAT} {size}\n".encode())
-    for part, found in listing.items():
-        for path, label in found:
-            status = _status(path)
-            digest.update(f"{part}\0{label}\0{path.name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
-
-
-def _status(path: Path) -> os.stat_result:
-    try:
-        return path.stat()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-
-
-def _decode(paths: list[Path], size: int) -> np.ndarray:
-    """uint8 (N, size, size, 3), decoded by as many threads as there are cores (Pillow lets go of the lock)."""
-    images = np.empty((len(paths), size, size, 3), np.uint8)
-
-    def decode(index: int) -> None:
-        images[index] = _read_image(paths[index], size)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(decode, range(len(paths))):
-            pass
-    return images
-
-
-def _read_image(path: Path, size: int) -> Image.Image:
-    """The image in RGB, upright, scaled (Lanczos) to cover size x size and cut to it around its centre."""
-    try:
-        with Image.open(path) as image:
-            rgb = ImageOps.exif_transpose(_in_8_bits(image)).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read the image {path}: {error}; mend or remove it") from None
-    return rgb if rgb.size == (size, size) else ImageOps.fit(rgb, (size, size), Image.Resampling.LANCZOS)
-
-
-def _in_8_bits(image: Image.Image) -> Image.Image:
-    """Pillow cuts grey values of 16 bits off at 255 where it is not told to scale them."""
-    if not image.mode.startswith("I;16"):
-        return image
-    return Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-
-
-def _read_cache(path: Path, key: str) -> dict[str, np.ndarray] | None:
-    """The decoded images in the cache, or None where it is missing, damaged or of other images."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            if str(arrays["key"]) != key:
-                return None
-            return {part: arrays[part] for part in ("train", "test")}
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
-        return None
-
-
-def _write_cache(path: Path, key: str, images: dict[str, np.ndarray]) -> None:
-    """Keep the decoded images; a folder that can't be written costs time at the next start, no more."""
-    try:
-        with files.replacing(path) as file:
-            np.savez(file, key=np.array(key), **images)
-    except UserError as error:
-        say(f"the decoded images are not kept, the next start decodes them again ({error})")
+    if stream:
+        told = images.known(found, size, key)
+        splits = {
+            part: Split(ImageFiles([path for path, _ in listed], size), labels[part], getattr(told, part))
+            for part, listed in parts.items()
+        }
+        measured = told.mean, told.std
+    else:
+        pixels = images.decoded(found, size, key)
+        splits = {part: Split(torch.from_numpy(pixels[part]), labels[part]) for part in parts}
+        measured = statistics(splits["train"].images) if found.train else normalisation
+    return Dataset(name, splits.get("train"), splits["test"], classes, *measured)

@@ -10,6 +10,7 @@ from test_scripts import refused
 
 import data
 from data import Batches
+from util import images
 
 CPU = torch.device("cpu")
 
@@ -30,13 +31,16 @@ def test_the_data_set_is_the_same(root):
     assert (streamed.mean, streamed.std) == (decoded.mean, decoded.std)
     assert streamed.train.labels.equal(decoded.train.labels) and streamed.classes == decoded.classes
     assert streamed.image_size == 8
+    assert streamed.fingerprint == decoded.fingerprint and streamed.test_fingerprint == decoded.test_fingerprint
+    prints = {Batches(d.train, d.mean, d.std, 8, CPU).fingerprint() for d in (decoded, streamed)}
+    assert len(prints) == 1
 
 
 @pytest.mark.parametrize("augment", [False, True])
 def test_the_batches_are_the_same(root, augment):
     given, random = [], torch.get_rng_state()
-    for images in both(root):
-        batches = Batches(images.train, images.mean, images.std, 12, CPU, shuffle=True, seed=4, augment=augment)
+    for dataset in both(root):
+        batches = Batches(dataset.train, dataset.mean, dataset.std, 12, CPU, shuffle=True, seed=4, augment=augment)
         given.append([batch for epoch in (0, 1) for batch in batches.epoch(epoch, epoch)])
     for one, other in zip(*given, strict=True):
         assert one.images.equal(other.images) and one.labels.equal(other.labels) and one.index.equal(other.index)
@@ -53,6 +57,13 @@ def test_a_script_trains_to_the_same_losses(script, small, small_teacher):
     assert out[0] == out[1] and out[0].count("Epoch") == 2
 
 
+def test_a_streamed_run_is_the_same_run(script, small):
+    args = ["train.py", "--model_job", "student", *small, "--epochs", 1]
+    assert script(*args).code == 0
+    ran = script(*args, "--stream", "--resume")
+    assert ran.code == 0 and "finished already" in ran.err
+
+
 def test_streaming_is_chosen_where_memory_is_short_and_said(root, monkeypatch, capfd):
     needed = (40 + 12) * 8 * 8 * 3
     monkeypatch.setattr(data, "free_memory", lambda device: 2 * needed)
@@ -65,12 +76,12 @@ def test_streaming_is_chosen_where_memory_is_short_and_said(root, monkeypatch, c
 def test_the_mean_is_kept_and_measured_anew_when_an_image_changes(root, monkeypatch):
     first = data.load("folder", root, 8, stream=True)
     with monkeypatch.context() as patch:
-        patch.setattr(data, "_statistics", lambda parts: pytest.fail("measured again"))
+        patch.setattr(images, "_pass_over", lambda *args: pytest.fail("measured again"))
         assert data.load("folder", root, 8, stream=True).mean == first.mean
     Image.new("RGB", (8, 8), "white").save(root / "train" / "class0" / "0.png")
     second = data.load("folder", root, 8, stream=True)
     assert second.mean > first.mean and second.mean == data.load("folder", root, 8).mean
-    assert second.train.images.key != first.train.images.key
+    assert second.fingerprint != first.fingerprint
 
 
 def test_an_unreadable_image_is_named(script, small, root):
