@@ -39,6 +39,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 Statistics = tuple[float, float, float]  # one value for each of red, green and blue
 Files = list[tuple[Path, str]]  # images, each with its class
+Failed = list[tuple[Path, UserError]]  # images that can't be read, and why
 
 
 class Found(NamedTuple):
@@ -267,11 +268,12 @@ def decode(paths: list[Path], size: int) -> np.ndarray:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for _ in pool.map(one, range(len(paths))):
             pass
-    _refuse_unreadable([(paths[index], error) for index, error in sorted(failed, key=lambda pair: pair[0])])
+    refuse_unreadable([(paths[index], error) for index, error in sorted(failed, key=lambda pair: pair[0])])
     return images
 
 
-def _refuse_unreadable(failed: list[tuple[Path, UserError]]) -> None:
+def refuse_unreadable(failed: Failed) -> None:
+    """Raise UserError, which names the images that can't be read, where there are any."""
     if len(failed) == 1:
         raise failed[0][1]
     if failed:
@@ -293,20 +295,21 @@ class ImageFiles:
         """Those of these indices, int64 (n,)."""
         return ImageFiles([self.paths[index] for index in indices.tolist()], self.shape[1])
 
-    def read(self, parts: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    def read(self, parts: Iterable[torch.Tensor], failed: Failed | None = None) -> Iterator[torch.Tensor]:
         """The images of each part (indices), uint8 (B, H, W, 3), decoded by threads while the last ones are used.
 
         Threads share the memory (worker processes need room in /dev/shm, which containers are short of), draw no
-        random numbers, and end with the run. Raises UserError for images that can't be read.
+        random numbers, and end with the run. Raises UserError for images that can't be read; or puts them into
+        `failed`, where that is given, and leaves them out.
         """
         pool, coming = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // local_size())), deque()
         try:
             for part in parts:
                 coming.append([pool.submit(self._one, index) for index in part.tolist()])
                 if len(coming) > AHEAD:
-                    yield self._gathered(coming.popleft())
+                    yield self._gathered(coming.popleft(), failed)
             while coming:
-                yield self._gathered(coming.popleft())
+                yield self._gathered(coming.popleft(), failed)
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -317,10 +320,15 @@ class ImageFiles:
             return self.paths[index], error
 
     @staticmethod
-    def _gathered(coming: list[Future]) -> torch.Tensor:
+    def _gathered(coming: list[Future], failed: Failed | None) -> torch.Tensor:
         images = [future.result() for future in coming]
-        _refuse_unreadable([image for image in images if isinstance(image, tuple)])
-        return torch.from_numpy(np.stack(images))
+        bad = [image for image in images if isinstance(image, tuple)]
+        if failed is None:
+            refuse_unreadable(bad)
+        else:
+            failed += bad
+        good = [image for image in images if not isinstance(image, tuple)]
+        return torch.from_numpy(np.stack(good)) if good else torch.empty(0, 1, 1, 3, dtype=torch.uint8)
 
 
 # keeping
@@ -379,13 +387,14 @@ def known(found: Found, size: int, key: str) -> Known:
 
 
 def _pass_over(found: Found, size: int) -> Known:
-    digests, counts = {}, torch.zeros(3, 256, dtype=torch.int64)
+    digests, counts, failed = {}, torch.zeros(3, 256, dtype=torch.int64), []
     for name, listed in (("train", found.train or []), ("test", found.test)):
         images, digest = ImageFiles([path for path, _ in listed], size), hashlib.sha256()
-        for part in images.read(torch.arange(len(images)).split(250)) if listed else ():
+        for part in images.read(torch.arange(len(images)).split(250), failed):
             digest.update(part.numpy())
             counts += _counts(part) if name == "train" else 0
         digests[name] = digest.hexdigest()
+    refuse_unreadable(failed)
     return Known(*_from_counts(counts), **digests)
 
 
