@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
 
 def main() -> None:
     """Write them, and say what was written; exits with 2 after one line where that can't be."""
-    parser = Parser(prog="report", description="Put a folder of results into one table, a CSV and two plots.")
+    parser = Parser(prog="report", description="A folder of results as a table, a CSV and plots.", allow_abbrev=False)
     parser.add_argument("results_dir", help="the folder of the runs' JSONs")
     parser.add_argument("--claims", action="store_true", help="add what the runs say of the reference's claims")
     args = parser.parse_args()

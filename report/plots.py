@@ -137,7 +137,7 @@ def _shown_range(rows: Rows) -> Interval:
     room = max(most - least, noise(rows))
     low = max(min(least, *(low for low, _ in intervals)), least - room)
     high = min(max(most, *(high for _, high in intervals)), most + room)
-    margin = 0.05 * (high - low)
+    margin = max(0.05 * (high - low), 0.1 * noise(rows))
     return low - margin, high + margin
 
 
