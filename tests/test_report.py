@@ -1,36 +1,65 @@
 """The table and the plots, from made-up runs against figures worked out by hand."""
 
+import ast
+import base64
 import csv
+import dataclasses
 import json
-from dataclasses import asdict
+import runpy
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.image import imread
 
 import report
-from recipes import RECIPES
+from recipes import RECIPES, described
+from report import findings, plots, results, statistics, table
+from report.results import Result
 from util.runtime import UserError
 
+ROOT = Path(__file__).resolve().parent.parent
 CIFAR = {"train_images": 50000, "test_images": 10000, "classes": 100, "image_size": 32}
-DIGITS = {"train_images": 1437, "test_images": 360, "classes": 10, "image_size": 8}
+DIGITS = {"train_images": 1500, "test_images": 297, "classes": 10, "image_size": 8}
+TEN = {"train_images": 90, "test_images": 10, "classes": 2, "image_size": 8, "test_fingerprint": "ten"}
+
+STUDENT, KD, LDH6 = "student", "distillation", "distillation_LDH6"
 
 
-def put(folder, job, top1, seed=0, dataset="cifar100", data=CIFAR, epochs=None, **more):
-    """Write one run's JSON as a training run does; give its path."""
-    recipe = {key: value for key, value in asdict(RECIPES[job]).items() if key != "reference"}
-    recipe["epochs"] = epochs or recipe["epochs"]
+def put(folder, job, top1, seed=0, dataset="cifar100", data=CIFAR, epochs=None, recipe=(), val=(), right=None, **more):
+    """Write one run's JSON as a training run does; give its path. right: of each test image, whether it was right."""
+    values = {**(described(RECIPES[job]) if job in RECIPES else {}), **dict(recipe)}
+    values["epochs"] = epochs or values["epochs"]
+    test = {"top1": top1, "top5": 85.0, "test_loss": 0.01058444, "mean_ce": 2.7096, "images": data["test_images"]}
+    if right is not None:
+        test |= {"top1": 100 * np.mean(right), "correct": base64.b64encode(np.packbits(right)).decode()}
     run = {
         "job": job,
+        "name": job,
         "seed": seed,
         "dataset": dataset,
         "data": data,
-        "recipe": recipe,
-        "teacher_top1": 69.87 if RECIPES[job].distils else None,
+        "augment": False,
+        "recipe": values,
+        "weights": None,
+        "teacher": {"sha256": "ab"} if values["soft"] else None,
+        "teacher_top1": 69.87 if values["soft"] else None,
         "epochs": [
-            {"epoch": e, "train_loss": 4 / e, "train_top1": 100 - 99 / e, "learning_rate": 0.001, "seconds": 1.5}
-            for e in range(1, recipe["epochs"] + 1)
+            {
+                "epoch": e,
+                "train_loss": 4 / e,
+                "train_loss_over_batches": 4.1 / e,
+                "train_top1": 100 - 99 / e,
+                "alpha": 0.7,
+                "learning_rate": 0.001,
+                "seconds": 1.5,
+                **dict(val),
+            }
+            for e in range(1, values["epochs"] + 1)
         ],
-        "test": {"top1": top1, "top5": 85.0, "test_loss": 0.01058444, "mean_ce": 2.7096, "images": data["test_images"]},
+        "test": test,
         "seconds": 1612.34,
         "images_per_second": 4083.1,
         "versions": {"python": "3.11.7", "torch": "2.15.0"},
@@ -39,30 +68,39 @@ def put(folder, job, top1, seed=0, dataset="cifar100", data=CIFAR, epochs=None, 
         "command": "reproduce.py --seeds 0 1 2",
         **more,
     }
-    path = folder / f"{job}_seed{seed}.json"
+    path = folder / f"{run['name']}_seed{seed}.json"
     path.write_text(json.dumps(run))
     return path
 
 
-def table(folder):
+def put_images(folder, job, right, seed=0, **more):
+    """One run on as many images as `right` has marks: "x" for each that was right, in order."""
+    marks = np.array([mark == "x" for mark in right])
+    data = {**TEN, "test_images": len(marks)}
+    return put(folder, job, None, seed, dataset="folder", data=data, right=marks, **more)
+
+
+def rows_of(folder):
     """The table of RESULTS.md: job -> column -> cell."""
     lines = [line.split("|") for line in report_text(folder).splitlines() if line.startswith("|")]
     titles, _, *rows = [[cell.strip() for cell in line[1:-1]] for line in lines]
     return {row[0]: dict(zip(titles, row, strict=True)) for row in rows}
 
 
-def report_text(folder):
-    report.write(folder)
-    return (folder / "RESULTS.md").read_text()
+def report_text(folder, **options):
+    return table.markdown(results.read(folder), **options)
+
+
+# The table
 
 
 def test_single_runs(tmp_path):
-    for job, top1 in {"distillation_LDH6": 67.32, "student": 59.22, "teacher": 69.87}.items():
+    for job, top1 in {LDH6: 67.32, STUDENT: 59.22, "teacher": 69.87}.items():
         put(tmp_path, job, top1)
-    rows = table(tmp_path)
-    assert list(rows) == ["teacher", "student", "distillation_LDH6"]  # the order of the recipes, not of the files
-    assert rows["distillation_LDH6"] == {
-        "job": "distillation_LDH6",
+    rows = rows_of(tmp_path)
+    assert list(rows) == ["teacher", STUDENT, LDH6]  # the order of the recipes, not of the files
+    assert rows[LDH6] == {
+        "job": LDH6,
         "top-1": "67.32",
         "top-5": "85.00",
         "Test Loss": "0.01058444",
@@ -75,11 +113,12 @@ def test_single_runs(tmp_path):
         "reference top-5": "89.10",
         "reference Test Loss": "0.00675732",
     }
-    assert rows["teacher"]["gain"] == rows["student"]["gain"] == ""
+    assert rows["teacher"]["gain"] == rows[STUDENT]["gain"] == ""
+    assert f"No test against the student: {LDH6}; results must tell" in report_text(tmp_path)
 
 
 def test_heading(tmp_path):
-    put(tmp_path, "student", 59.0)
+    put(tmp_path, STUDENT, 59.0)
     put(tmp_path, "teacher", 69.0, device="a GPU", command="train.py --model_job teacher")
     text = report_text(tmp_path)
     assert "cifar100, 50,000 training and 10,000 test images of 32x32 pixels, 100 classes" in text
@@ -92,177 +131,573 @@ def test_heading(tmp_path):
 def test_several_seeds(tmp_path):
     put(tmp_path, "teacher", 70.0)
     for seed, top1 in enumerate([59.0, 60.0, 61.0]):
-        put(tmp_path, "student", top1, seed)
+        put(tmp_path, STUDENT, top1, seed)
     for seed, top1 in enumerate([60.0, 62.0, 64.0]):
-        put(tmp_path, "distillation", top1, seed)
-    rows = table(tmp_path)
-    assert rows["student"]["top-1"] == "60.00 ± 1.00"
-    assert rows["distillation"]["top-1"] == "62.00 ± 2.00"
-    assert rows["distillation"]["gain"] == "+2.00 ± 1.00"  # of 1, 2, 3; unpaired it would be ± 2.24
+        put(tmp_path, KD, top1, seed)
+    rows = rows_of(tmp_path)
+    assert rows[STUDENT]["top-1"] == "60.00 ± 1.00"
+    assert rows[KD]["top-1"] == "62.00 ± 2.00"
+    # Of 1, 2, 3: a standard deviation of 1, t of 2 degrees of freedom 4.3027, and 4.3027 / sqrt(3) = 2.4841.
+    assert rows[KD]["gain"] == "+2.00 [-0.48, +4.48]"
     assert [row["seeds"] for row in rows.values()] == ["1", "3", "3"]
     assert rows["teacher"]["top-1"] == "70.00"
 
 
 def test_gain_only_over_seeds_that_both_have(tmp_path):
-    put(tmp_path, "student", 59.0, seed=0)
-    put(tmp_path, "student", 10.0, seed=7)
-    put(tmp_path, "distillation", 58.5, seed=0)
-    put(tmp_path, "distillation", 90.0, seed=1)
+    put(tmp_path, STUDENT, 59.0, seed=0)
+    put(tmp_path, STUDENT, 10.0, seed=7)
+    put(tmp_path, KD, 58.5, seed=0)
+    put(tmp_path, KD, 90.0, seed=1)
     put(tmp_path, "distillation_LDH", 60.0, seed=3)
-    rows = table(tmp_path)
-    assert rows["distillation"]["gain"] == "-0.50 (seeds in common: 1)"
+    rows = rows_of(tmp_path)
+    assert rows[KD]["gain"] == "-0.50 (seeds in common: 1)"
     assert rows["distillation_LDH"]["gain"] == ""
 
 
 def test_no_student(tmp_path):
-    put(tmp_path, "distillation", 60.0)
-    assert table(tmp_path)["distillation"]["gain"] == ""
+    put(tmp_path, KD, 60.0)
+    assert rows_of(tmp_path)[KD]["gain"] == ""
     assert "The student on hard labels alone did not run" in report_text(tmp_path)
 
 
 def test_noise(tmp_path):
-    put(tmp_path, "student", 50.0)
-    rows = report.read(tmp_path)
-    assert report.standard_error(rows) == pytest.approx(0.5)  # 100 sqrt(0.5 * 0.5 / 10,000)
-    assert report.noise(rows) == pytest.approx(1.41421356)
+    put(tmp_path, STUDENT, 50.0)
+    rows = results.read(tmp_path)
+    assert statistics.standard_error(rows) == pytest.approx(0.5)  # 100 sqrt(0.5 * 0.5 / 10,000)
+    assert statistics.noise(rows) == pytest.approx(1.41421356)
     text = report_text(tmp_path)
-    assert "10,000 test images is 0.50 points" in text and "1.41 points, are noise" in text
+    assert "10,000 test images is 0.50 points" in text and "1.41 points, by chance" in text
     assert "40 batches for 10,000 images, so about mean CE / 250" in text
 
 
 def test_noise_is_never_nothing(tmp_path):
-    put(tmp_path, "student", 100.0)
-    assert report.standard_error(report.read(tmp_path)) > 0
+    put(tmp_path, STUDENT, 100.0)
+    assert statistics.standard_error(results.read(tmp_path)) > 0
 
 
-@pytest.mark.parametrize(
-    ("top1", "words"), [(51.3, "+1.30 points of top-1, not more than"), (51.6, "points of top-1, more than")]
-)
-def test_findings(tmp_path, top1, words):
-    put(tmp_path, "teacher", 99.0)
-    put(tmp_path, "student", 50.0)
-    put(tmp_path, "distillation_KMJ0", top1)
-    put(tmp_path, "distillation_KMJ1", 1.0)
-    text = report_text(tmp_path).partition("## What it shows")[2]
-    assert f"(3) by mean top-1: distillation_KMJ0, {top1:.2f} %" in text
-    assert words in text and "That is one seed" in text and "flatters" in text
+def test_paired_columns(tmp_path):
+    put_images(tmp_path, STUDENT, "xxxx------")
+    put_images(tmp_path, KD, "xxxx-xxxxx")  # 5 to 0
+    put_images(tmp_path, LDH6, "xxxxxxxxxx")  # 6 to 0
+    put_images(tmp_path, "teacher", "xxxxxxxxx-")
+    rows = rows_of(tmp_path)
+    # 2 / 2^5 and 2 / 2^6; by Holm the smaller is doubled to 0.0625.
+    assert [row["McNemar p"] for row in rows.values()] == ["", "", "0.0625", "0.0312"]
+    assert [row["beyond noise"] for row in rows.values()] == ["", "", "no", "no"]
+    (tmp_path / "distillation_seed0.json").unlink()
+    assert rows_of(tmp_path)[LDH6]["beyond noise"] == "yes"
+    assert "Holm's correction over the 1 rows compared" in report_text(tmp_path)
 
 
-def test_findings_where_nothing_gains(tmp_path):
-    put(tmp_path, "teacher", 60.0)
-    assert report.findings(report.read(tmp_path)) == ["Only the teacher ran: there is nothing to compare it with."]
-    put(tmp_path, "student", 50.0)
-    assert "No distilled row ran, so there is no gain to tell." in report.findings(report.read(tmp_path))
-    put(tmp_path, "distillation", 49.0)
-    assert report.findings(report.read(tmp_path))[-1] == "No distilled row is above the student on hard labels alone."
+def test_mcnemar_of_each_seed_is_shown(tmp_path):
+    put_images(tmp_path, STUDENT, "xxxx------")
+    put_images(tmp_path, STUDENT, "xxxx------", seed=1)
+    put_images(tmp_path, KD, "xxxxxxxxxx")
+    put_images(tmp_path, KD, "xxxx------", seed=1)
+    assert rows_of(tmp_path)[KD]["McNemar p"] == "0.0312, 1.0000"
 
 
 def test_shortened_runs_are_said_to_be(tmp_path):
-    put(tmp_path, "student", 50.0)
+    put(tmp_path, STUDENT, 50.0)
     assert "Not the reference's" not in report_text(tmp_path)
-    put(tmp_path, "distillation", 50.0, epochs=2)
+    put(tmp_path, KD, 50.0, epochs=2)
     put(tmp_path, "teacher", 50.0, augment=True, weights="none")
+    put(tmp_path, LDH6, 50.0, seed=3, warm_start={"epochs": 20, "checkpoint_sha256": "ab"})
+    put(tmp_path, LDH6, 50.0, seed=4)
     text = report_text(tmp_path)
     assert "- Not the reference's recipe: distillation ran with epochs 2 instead of 50.\n" in text
     assert "teacher ran with augmented images, a teacher that starts from the weights none instead of imagenet" in text
+    assert f"{LDH6} (seed 3) ran with a start from a finished run of 20 epochs" in text
     assert "do not compare with the reference" in text
 
 
+def test_an_older_result_departs_in_nothing(tmp_path):
+    old = {"T": None, "alpha": 1}  # as results had it for a row without a temperature
+    path = put(tmp_path, STUDENT, 50.0, recipe=old)
+    run = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in run.items() if key != "name"}))
+    assert "Not the reference's" not in report_text(tmp_path)
+
+
+def test_runs_with_names_of_their_own(tmp_path):
+    put(tmp_path, LDH6, 67.0)
+    put(tmp_path, STUDENT, 59.0)
+    put(tmp_path, KD, 61.0, recipe={"alpha": 0.5, "margin": 3.0}, name="a_half")
+    put(tmp_path, KD, 60.0, name="b")
+    new = {**described(RECIPES[STUDENT]), "soft": "rkd", "alpha": 0.9}
+    put(tmp_path, "my_row", 62.0, recipe=new)
+    rows, text = rows_of(tmp_path), report_text(tmp_path)
+    assert list(rows) == [STUDENT, LDH6, "a_half", "b", "my_row"]
+    assert rows["a_half"]["gain"] == "+2.00" and rows["a_half"]["reference top-1"] == ""
+    assert "- a_half is distillation with alpha 0.5 instead of 0.7, margin 3.0.\n" in text
+    assert "- b is distillation as recipes.py has it.\n" in text
+    assert "- my_row is no row of recipes.py; it ran with network student" in text
+    assert "Not the reference's recipe" not in text
+
+
+def test_runs_of_different_jobs_under_one_name_are_refused(tmp_path):
+    put(tmp_path, KD, 61.0, name="mine")
+    put(tmp_path, STUDENT, 61.0, seed=1, name="mine")
+    with pytest.raises(UserError, match="mine is the name of runs of different jobs"):
+        report.write(tmp_path)
+
+
+def test_held_out_images(tmp_path):
+    put(tmp_path, STUDENT, 59.0)
+    assert "All rows trained on all 50,000 training images." in report_text(tmp_path)
+    data = {**CIFAR, "train_images": 45000, "val_images": 5000}
+    for seed, loss in enumerate([1.0, 2.0]):
+        put(tmp_path, KD, 60.0, seed, data=data, val={"val_loss": loss, "val_top1": 55.0})
+    rows, text = rows_of(tmp_path), report_text(tmp_path)
+    assert rows[KD]["val loss"] == "1.5000 ± 0.7071" and rows[KD]["val top-1"] == "55.00 ± 0.00"
+    assert rows[STUDENT]["val loss"] == ""
+    assert "- Held out: 5,000 of 50,000 training images (distillation).\n- None held out: student.\n" in text
+    (tmp_path / "student_seed0.json").unlink()
+    text = report_text(tmp_path)
+    assert "- Held out: 5,000 of 50,000 training images (all rows).\n" in text and "Not the reference's data" in text
+
+
 def test_digits_are_said_to_be_a_check(tmp_path):
-    put(tmp_path, "student", 97.0, dataset="digits", data=DIGITS)
-    assert "reference top-1" not in table(tmp_path)["student"]
+    put(tmp_path, STUDENT, 97.0, dataset="digits", data=DIGITS)
+    assert "reference top-1" not in rows_of(tmp_path)[STUDENT]
     assert report_text(tmp_path).splitlines()[0] == "**This is a check of the pipeline, not a result.**"
 
 
+def test_csv(tmp_path):
+    put(tmp_path, "distillation_KMJ0", 60.25, seed=10)
+    put(tmp_path, "distillation_KMJ0", 60.5, seed=2, val={"val_loss": 1.5, "val_top1": 55.0})
+    put(tmp_path, STUDENT, 59.0, device='odd, "quoted"')
+    report.write(tmp_path)
+    with open(tmp_path / "results.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["job"], line["seed"], line["top1"]) for line in lines] == [
+        (STUDENT, "0", "59.0"),
+        ("distillation_KMJ0", "2", "60.5"),
+        ("distillation_KMJ0", "10", "60.25"),
+    ]
+    assert lines[0]["device"] == 'odd, "quoted"' and lines[0]["teacher_top1"] == "" and lines[0]["soft"] == ""
+    assert lines[0]["T"] == ""  # the student's recipe has none
+    assert lines[1] == {
+        "job": "distillation_KMJ0", "name": "distillation_KMJ0", "seed": "2", "dataset": "cifar100", "top1": "60.5",
+        "top5": "85.0", "test_loss": "0.01058444", "mean_ce": "2.7096", "val_images": "0", "val_loss": "1.5",
+        "val_top1": "55.0", "epochs": "50", "seconds": "1612.34", "images_per_second": "4083.1", "precision": "bf16",
+        "device": "a CPU, 2 threads", "teacher_top1": "69.87", "network": "student", "soft": "kd",
+        "alpha": "per epoch", "T": "2.0", "beta": "0.0", "gamma": "0.0", "scheduler_step": "20",
+        "learning_rate": "0.001", "batch_size": "256",
+    }  # fmt: skip
+
+
+# Results on the disk
+
+
+def test_a_result_is_read_as_it_was_written(tmp_path):
+    path = put(tmp_path, KD, 60.0, right=np.arange(10000) % 5 < 3, unknown=1)
+    run = Result.read(path)
+    run.write(path)
+    assert Result.read(path) == run
+    assert not hasattr(run, "unknown") and run.data["val_images"] == 0 and run.warm_start is None
+    assert run.right.tolist()[:6] == [True, True, True, False, False, True] and len(run.right) == 10000
+
+
 @pytest.mark.parametrize(
-    "data", [{**CIFAR, "train_images": 512}, {**CIFAR, "image_size": 64}, {**CIFAR, "classes": 10}]
+    ("change", "part"),
+    [
+        ({"seed": "0"}, "seed"),
+        ({"seed": True}, "seed"),
+        ({"teacher_top1": "high"}, "teacher_top1"),
+        ({"seconds": None}, "seconds"),
+        ({"seconds": 10**400}, "seconds"),
+        ({"epochs": []}, "epochs"),
+        ({"epochs": [{"epoch": 1, "train_loss": 1.0}]}, "train_top1"),
+        ({"epochs": [{"epoch": 1, "train_loss": 1.0, "train_top1": 1.0, "kd": float("nan")}]}, "kd"),
+        ({"recipe": {"network": "student"}}, "soft"),
+        ({"data": {**CIFAR, "test_images": 0}}, "test_images"),
+        ({"test": {"top1": 101.0, "top5": 101.0, "test_loss": 0.1, "mean_ce": 1.0}}, "top1"),
+        ({"test": {"top1": 50.0, "top5": 90.0, "test_loss": 0.1, "mean_ce": 1.0, "correct": "?"}}, "correct"),
+        ({"test": {"top1": 50.0, "top5": 90.0, "test_loss": 0.1, "mean_ce": 1.0, "correct": "AAAA"}}, "correct"),
+    ],
 )
-def test_mixed_data_are_refused(tmp_path, data):
-    put(tmp_path, "student", 59.0)
-    put(tmp_path, "teacher", 59.0, data=data)
+def test_a_flaw_is_named(tmp_path, change, part):
+    path = put(tmp_path, STUDENT, 59.0)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UserError, match=rf"is no whole result \({part} is missing or wrong\)"):
+        Result.read(path)
+
+
+def test_which_images_were_right_agrees_with_the_top1(tmp_path):
+    path = put_images(tmp_path, STUDENT, "xx--------")
+    path.write_text(path.read_text().replace('"top1": 20.0', '"top1": 30.0'))
+    with pytest.raises(UserError, match="correct is missing or wrong"):
+        Result.read(path)
+
+
+def test_epochs_as_csv(tmp_path):
+    path = put(tmp_path, STUDENT, 59.0, epochs=2)
+    run = Result.read(path)
+    run.epochs[1]["mse"] = 0.5
+    assert results.epochs_csv(run).splitlines() == [
+        "epoch,train_loss,train_loss_over_batches,train_top1,alpha,learning_rate,seconds,mse",
+        "1,4.0,4.1,1.0,0.7,0.001,1.5,",
+        "2,2.0,2.05,50.5,0.7,0.001,1.5,0.5",
+    ]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"data": {**CIFAR, "train_images": 512}},
+        {"data": {**CIFAR, "image_size": 64}},
+        {"data": {**CIFAR, "classes": 10}},
+        {"dataset": "tiny_imagenet"},
+    ],
+)
+def test_mixed_data_are_refused(tmp_path, more):
+    put(tmp_path, STUDENT, 59.0)
+    put(tmp_path, "teacher", 59.0, **more)
     with pytest.raises(UserError, match="student_seed0.json and .*teacher_seed0.json are of different data"):
         report.write(tmp_path)
 
 
-def test_mixed_data_sets_are_refused(tmp_path):
-    put(tmp_path, "student", 59.0)
-    put(tmp_path, "teacher", 59.0, dataset="tiny_imagenet")
-    with pytest.raises(UserError, match="different data"):
-        report.write(tmp_path)
-
-
 def test_damaged_results_are_named(tmp_path):
-    put(tmp_path, "student", 59.0)
+    put(tmp_path, STUDENT, 59.0)
     path = put(tmp_path, "teacher", 59.0)
     whole = path.read_text()
     report.write(tmp_path)
     before = (tmp_path / "RESULTS.md").read_bytes()
-    for text in (whole[:-40], "", "[]", whole.replace('"top5"', '"top7"'), whole.replace("85.0", "NaN")):
+    for text in (whole[:-40], "", "[]", "[" * 100_000, whole.replace('"top5"', '"top7"'), whole.replace("85.0", "NaN")):
         path.write_text(text)
         with pytest.raises(UserError, match="teacher_seed0.json is"):
             report.write(tmp_path)
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="teacher_seed0.json is damaged"):
         report.write(tmp_path)
+    (tmp_path / "student_seed5.json").write_text("{}")
+    with pytest.raises(UserError, match="student_seed5.json is no whole result .*; .*teacher_seed0.json is damaged"):
+        report.write(tmp_path)
     assert (tmp_path / "RESULTS.md").read_bytes() == before
 
 
 def test_files_that_are_not_what_their_name_says_are_named(tmp_path):
-    path = put(tmp_path, "student", 59.0)
-    text = path.read_text()
-    path.rename(tmp_path / "student_seed0_old.json")
+    path = put(tmp_path, STUDENT, 59.0)
+    path = path.rename(tmp_path / "student_seed0_old.json")
     with pytest.raises(UserError, match="student_seed0_old.json holds student with seed 0"):
         report.write(tmp_path)
-    path = path.with_name("student_seed0_old.json")
-    path.rename(tmp_path / "gone_seed0.json").write_text(json.dumps({**json.loads(text), "job": "gone"}))
-    with pytest.raises(UserError, match="the job gone, which recipes.py does not have"):
+    path.unlink()
+    put(tmp_path, STUDENT, 59.0, name=KD)
+    with pytest.raises(UserError, match="distillation_seed0.json is of the job student"):
         report.write(tmp_path)
 
 
 def test_no_results(tmp_path):
+    (tmp_path / "._student_seed0.json").write_bytes(b"\x00\x05\x16\x07")  # what macOS leaves beside a copied file
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(UserError, match="holds no results"):
             report.write(folder)
 
 
-def test_csv(tmp_path):
-    put(tmp_path, "distillation_KMJ0", 60.25, seed=10)
-    put(tmp_path, "distillation_KMJ0", 60.5, seed=2)
-    put(tmp_path, "student", 59.0, device='odd, "quoted"')
-    report.write(tmp_path)
-    with open(tmp_path / "results.csv", newline="") as file:
-        lines = list(csv.DictReader(file))
-    assert [(line["job"], line["seed"], line["top1"]) for line in lines] == [
-        ("student", "0", "59.0"),
-        ("distillation_KMJ0", "2", "60.5"),
-        ("distillation_KMJ0", "10", "60.25"),
+def test_in_a_finally_no_other_exception_is_hidden(tmp_path, capfd):
+    def fail():
+        try:
+            raise KeyboardInterrupt
+        finally:
+            assert report.try_write(tmp_path) == []
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert capfd.readouterr().err == ""  # nothing was to be written yet
+    (tmp_path / "student_seed0.json").write_text("{")
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert "no table and no plots: " in (said := capfd.readouterr().err) and said.count("\n") == 1
+    put(tmp_path, STUDENT, 59.0)
+    assert len(report.try_write(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "scipy"])
+def test_a_missing_package_is_told_of(tmp_path, monkeypatch, package):
+    put(tmp_path, STUDENT, 59.0)
+    report.require()
+    monkeypatch.setitem(sys.modules, package, None)
+    for ask in (report.require, lambda: report.write(tmp_path)):
+        with pytest.raises(UserError, match=f"need {package}, not installed: pip install -r requirements.txt"):
+            ask()
+
+
+def test_command(tmp_path):
+    put(tmp_path, STUDENT, 59.0)
+    command = [sys.executable, "-m", "report", str(tmp_path), "--claims"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stderr.splitlines() == [
+        f"wrote {tmp_path / name}" for name in ("RESULTS.md", "results.csv", "top1.png", "curves.png")
     ]
-    assert lines[0]["device"] == 'odd, "quoted"' and lines[0]["teacher_top1"] == "" and lines[0]["soft"] == ""
-    assert lines[1] == {
-        "job": "distillation_KMJ0", "seed": "2", "dataset": "cifar100", "top1": "60.5", "top5": "85.0",
-        "test_loss": "0.01058444", "mean_ce": "2.7096", "epochs": "50", "seconds": "1612.34",
-        "images_per_second": "4083.1", "precision": "bf16", "device": "a CPU, 2 threads", "teacher_top1": "69.87",
-        "soft": "kd", "alpha": "per epoch", "T": "2.0", "beta": "0.0", "gamma": "0.0", "scheduler_step": "20",
-        "learning_rate": "0.001", "batch_size": "256",
-    }  # fmt: skip
+    assert "## The reference's claims" in (tmp_path / "RESULTS.md").read_text()
+
+
+@pytest.mark.parametrize("args", [[], ["nowhere"], ["~nobody-of-this-name"], ["nowhere", "--claim"]])
+def test_a_wrong_command_is_answered_in_a_line(tmp_path, monkeypatch, capfd, args):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["report", *args])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("report", run_name="__main__")
+    out, err = capfd.readouterr()
+    assert ended.value.code == 2 and err.startswith("report: error: ") and err.count("\n") == 1 and not out
+
+
+def test_the_report_imports_nothing_but_recipes_and_util():
+    ours = {path.stem for path in ROOT.glob("*.py")} | {path.parent.name for path in ROOT.glob("*/*.py")}
+    for path in (ROOT / "report").glob("*.py"):
+        names = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            names |= {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
+            names |= {node.module} if isinstance(node, ast.ImportFrom) else set()
+        assert {name.partition(".")[0] for name in names} & ours <= {"recipes", "util", "report"}, path
+
+
+# Statistics, against figures worked out by hand
+
+
+def marks(text):
+    return np.array([mark == "x" for mark in text])
+
+
+def test_mcnemar():
+    assert statistics.mcnemar(6, 0) == pytest.approx(2 / 2**6)
+    assert statistics.mcnemar(1, 7) == pytest.approx(2 * (1 + 8) / 2**8)
+    assert statistics.mcnemar(4, 4) == statistics.mcnemar(0, 0) == 1
+    assert statistics.discordant(marks("xx-xx"), marks("x-x--")) == (3, 1)
+
+
+def test_sign_test_counts_each_image_once():
+    pair = marks("xxxxxx--"), marks("------x-")
+    assert statistics.sign_test([pair]) == statistics.mcnemar(6, 1)
+    assert statistics.sign_test([pair, pair, pair]) == statistics.mcnemar(6, 1)  # no surer by the same images again
+    other = marks("--------"), marks("xx------")  # takes back two of the six
+    assert statistics.sign_test([pair, other]) == statistics.mcnemar(4, 1)
+
+
+def test_wilson():
+    # 8 of 10: middle (0.8 + 0.19207) / 1.38415 = 0.71674, half 1.95996 sqrt(0.016 + 0.0096036) / 1.38415 = 0.22657
+    assert statistics.wilson(8, 10) == pytest.approx((0.49016, 0.94332), abs=1e-4)
+    assert statistics.wilson(0, 10) == pytest.approx((0, 3.841459 / 13.841459), abs=1e-6)  # z^2 / (n + z^2)
+
+
+def test_newcombe():
+    # 50 pairs, 36 both right, 12 only ours, 2 only theirs: 96 % against 76 %, Wilson's limits 0.86540, 0.98896 and
+    # 0.62589, 0.85702; a d - b c = -24 and the product of the margins 48 * 2 * 38 * 12 = 43,776, so phi = -0.114708.
+    # below: sqrt(0.09460^2 + 2 * 0.114708 * 0.09460 * 0.09702 + 0.09702^2) = 0.14307, and 20 - 14.307 = 5.693
+    # above: sqrt(0.02896^2 + 2 * 0.114708 * 0.02896 * 0.13411 + 0.13411^2) = 0.14043, and 20 + 14.043 = 34.043
+    ours = marks("x" * 36 + "x" * 12 + "-" * 2)
+    theirs = marks("x" * 36 + "-" * 12 + "x" * 2)
+    assert statistics.newcombe(ours, theirs) == pytest.approx((5.693, 34.043), abs=2e-3)
+    assert statistics.newcombe(theirs, ours) == pytest.approx((-34.043, -5.693), abs=2e-3)
+
+
+def test_newcombe_with_a_correction_of_the_correlation():
+    # 20 pairs, 10 both, 4 only ours, 1 only theirs, 5 neither: a d - b c - n / 2 = 50 - 4 - 10 = 36 over
+    # sqrt(14 * 6 * 11 * 9) = 91.19, phi = 0.39477. Wilson of 14: 0.48102, 0.85452; of 11: 0.34209, 0.74180.
+    # below: sqrt(0.21898^2 - 2 * 0.39477 * 0.21898 * 0.19180 + 0.19180^2) = 0.22710
+    # above: sqrt(0.15452^2 - 2 * 0.39477 * 0.15452 * 0.20791 + 0.20791^2) = 0.20430
+    ours = marks("x" * 10 + "x" * 4 + "-" + "-" * 5)
+    theirs = marks("x" * 10 + "-" * 4 + "x" + "-" * 5)
+    assert statistics.newcombe(ours, theirs) == pytest.approx((-7.710, 35.430), abs=2e-3)
+
+
+def test_newcombe_of_equal_networks():
+    low, high = statistics.newcombe(marks("xxxx----"), marks("xxxx----"))
+    assert low == pytest.approx(-high) and 0 < high < 30
+    assert statistics.newcombe(marks("xxxx"), marks("xxxx"))[0] < 0  # no margin of zero divides
+
+
+def test_t():
+    # 1, 2, 3: mean 2, standard error 1 / sqrt(3). Of two degrees of freedom p = 1 - t / sqrt(t^2 + 2): t^2 = 12.
+    assert statistics.t_interval([1.0, 2.0, 3.0]) == pytest.approx((2 - 2.48414, 2 + 2.48414), abs=1e-4)
+    assert statistics.t_test([1.0, 2.0, 3.0]) == pytest.approx(1 - (12 / 14) ** 0.5)
+    assert statistics.t_test([1.0, 1.0]) == 0 and statistics.t_test([0.0, 0.0]) == 1
+
+
+def test_holm():
+    # Sorted 0.01, 0.02, 0.03, 0.04 by 4, 3, 2, 1: 0.04, 0.06, 0.06, 0.04, and never less than the one before.
+    assert statistics.holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert statistics.holm([0.9, 0.8]) == [1, 1] and statistics.holm([]) == []
+
+
+def test_a_difference_must_hold_for_other_seeds_and_other_images(tmp_path):
+    for seed in range(3):  # the same image more in each seed: no seed tells more than the first
+        put_images(tmp_path, STUDENT, "x---------", seed)
+        put_images(tmp_path, KD, "xx--------", seed)
+    put_images(tmp_path, LDH6, "xxxxxxxxxx")  # and a row whose seeds disagree
+    put_images(tmp_path, LDH6, "x---------", seed=1)
+    found = statistics.gains_on_student(results.read(tmp_path))
+    assert found[KD].gain == pytest.approx(10) and found[KD].p == 1  # the t test alone would say 0
+    assert found[LDH6].mcnemar[0] == pytest.approx(2 / 2**9)
+    assert found[LDH6].p == pytest.approx(0.5)  # gains of 90 and 0: t = 1 of one degree of freedom
+
+
+def test_rows_tested_on_other_images_are_not_paired(tmp_path):
+    put_images(tmp_path, STUDENT, "x---------")
+    path = put_images(tmp_path, KD, "xxxxxxxxxx")
+    assert statistics.gains_on_student(results.read(tmp_path))[KD].p is not None
+    path.write_text(path.read_text().replace('"ten"', '"others"'))
+    found = statistics.gains_on_student(results.read(tmp_path))[KD]
+    assert found.gain == 90 and found.p is found.interval is found.beyond_noise is None and found.mcnemar == {}
+
+
+# Sentences
+
+
+@pytest.mark.parametrize(("top1", "words"), [(51.3, "+1.30 points, not more than"), (51.6, "points, more than")])
+def test_findings_without_images(tmp_path, top1, words):
+    put(tmp_path, "teacher", 99.0)
+    put(tmp_path, STUDENT, 50.0)
+    put(tmp_path, "distillation_KMJ0", top1)
+    put(tmp_path, "distillation_KMJ1", 1.0)
+    text = report_text(tmp_path).partition("## What it shows")[2]
+    assert f"(3) by mean top-1: distillation_KMJ0, {top1:.2f} %" in text
+    assert words in text and "That is one seed" in text and "flatters" in text
+    assert "test images are few" not in text
+
+
+def test_findings_with_images(tmp_path):
+    put_images(tmp_path, STUDENT, "xxxxxxx---------------")
+    put_images(tmp_path, LDH6, "xxxxxxxxxxxxxxxxxxxxxx")
+    put_images(tmp_path, KD, "xxxxxxxx--------------")
+    put_images(tmp_path, "distillation_KMJ0", "----------------------")
+    facts = " ".join(findings.findings(results.read(tmp_path)))
+    assert (
+        "is +68.18 points (95 % interval +" in facts and "beyond noise (p 0.0002 after Holm)" in facts
+    )  # 3 * 2 / 2^15
+    assert f"Above the student beyond noise: {LDH6}." in facts
+    assert "Below the student beyond noise: distillation_KMJ0." in facts  # 2 * 2 / 2^7
+    assert "Not told from the student by these test images and seeds: distillation." in facts
+
+
+def test_what_few_images_can_show(tmp_path):
+    right = np.arange(297) < 280
+    data = {**DIGITS, "test_fingerprint": "digits"}
+    put(tmp_path, STUDENT, None, dataset="digits", data=data, right=right)
+    put(tmp_path, KD, None, dataset="digits", data=data, right=right)
+    (fact,) = [fact for fact in findings.findings(results.read(tmp_path)) if "are few" in fact]
+    assert "297 test images are few: one image is 0.34 points" in fact
+    assert "less than 6 images, 2.02 points" in fact and "rows compared" not in fact  # 2 / 2^6 < 0.05 < 2 / 2^5
+    put(tmp_path, LDH6, None, dataset="digits", data=data, right=right)
+    (fact,) = [fact for fact in findings.findings(results.read(tmp_path)) if "are few" in fact]
+    assert "as one of 2 rows compared, by less than 7, 2.36 points" in fact  # 2 * 2 / 2^7 < 0.05
+
+
+def test_findings_where_nothing_gains(tmp_path):
+    put(tmp_path, "teacher", 60.0)
+    assert findings.findings(results.read(tmp_path)) == ["Only the teacher ran: there is nothing to compare it with."]
+    put(tmp_path, STUDENT, 50.0)
+    assert "No distilled row ran, so there is no gain to tell." in findings.findings(results.read(tmp_path))
+    put(tmp_path, KD, 49.0)
+    facts = findings.findings(results.read(tmp_path))
+    assert facts[-1] == "No distilled row is above the student on hard labels alone."
+
+
+def put_claimed(folder, more=(), seeds=1):
+    """All rows: of 400 images the student has 100 right, LDH6 160, and each other 130, or as many as `more` says."""
+    right = dict.fromkeys(RECIPES, 130) | {STUDENT: 100, LDH6: 160} | dict(more)
+    for job, count in right.items():
+        for seed in range(seeds):
+            put_images(folder, job, "x" * count + "-" * (400 - count), seed)
+    return findings.claims(results.read(folder))
+
+
+def test_claims_that_hold(tmp_path):
+    found = put_claimed(tmp_path)
+    assert [claim.verdict for claim in found] == ["yes", "yes", "yes", "yes"]
+    assert len(found[0].evidence) == 7 and len(found[3].evidence) == 11
+    assert found[0].evidence[0].startswith("distillation_LDH against student: +7.50 points (95 % interval +")
+    assert "1 seed, p <0.0001 after Holm, beyond noise" in found[0].evidence[0]
+    text = report_text(tmp_path, with_claims=True)
+    assert "**distillation_LDH6 is the best of the students: yes.**\n\n- student against distillation_LDH6: -15" in text
+
+
+def test_claims_that_do_not_hold(tmp_path):
+    found = put_claimed(tmp_path, {"distillation_LDH": 60, "distillation_LDH9": 220, "distillation_KMJ0": 200})
+    assert [claim.verdict for claim in found] == ["no", "no", "no", "no"]
+
+
+def test_claims_that_are_not_settled(tmp_path):
+    found = put_claimed(tmp_path, {"distillation_LDH": 101, "distillation_LDH9": 161})
+    assert [claim.verdict for claim in found] == ["not settled", "not settled", "yes", "not settled"]
+    (tmp_path / "distillation_KMJ0_seed0.json").unlink()
+    claim = findings.claims(results.read(tmp_path))[2]
+    assert claim.verdict == "not settled"
+    assert claim.evidence[-1] == "no run to compare with distillation: distillation_KMJ0"
+
+
+def test_claims_where_nothing_is_to_compare_with(tmp_path):
+    put(tmp_path, KD, 60.0)
+    assert [claim.verdict for claim in findings.claims(results.read(tmp_path))] == ["not settled"] * 4
+
+
+# Plots
 
 
 def test_plots(tmp_path):
-    put(tmp_path, "student", 59.0, epochs=1)  # a single run of a single epoch
+    put(tmp_path, STUDENT, 59.0, epochs=1)  # a single run of a single epoch
     written = report.write(tmp_path)
     assert [path.name for path in written] == ["RESULTS.md", "results.csv", "top1.png", "curves.png"]
     few = imread(tmp_path / "top1.png").shape
     for job, row in RECIPES.items():
         for seed in range(2):
-            put(tmp_path, job, row.reference.top1 + seed, seed)
+            put(tmp_path, job, row.reference.top1 + seed, seed, val={"val_loss": 2.0, "val_top1": 50.0})
+    put(tmp_path, KD, 60.0, name="a name of $ dollars$, " + "long " * 20)
     report.write(tmp_path)
     many, curves = imread(tmp_path / "top1.png"), imread(tmp_path / "curves.png")
     assert few[1] == many.shape[1] == curves.shape[1] == 1200
-    assert few[0] < many.shape[0] and curves.shape[0] == 900
+    assert few[0] < many.shape[0] and curves.shape[0] == 1100
     assert many.std() > 0.1 and curves.std() > 0.05  # something is drawn
     assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob(".*"))
 
 
-def test_curves_are_means_over_seeds():
-    runs = [{"epochs": [{"loss": 1.0}, {"loss": 3.0}]}, {"epochs": [{"loss": 2.0}, {"loss": 5.0}]}]
-    assert report._mean_curve(runs, "loss") == [1.5, 4.0]
+def test_top1_is_shown_around_the_rows_that_lie_together(tmp_path):
+    put(tmp_path, STUDENT, 64.0, dataset="folder")
+    put(tmp_path, KD, 66.0, dataset="folder")
+    put(tmp_path, "teacher", 67.0, dataset="folder")
+    low, high = plots._shown_range(results.read(tmp_path))
+    assert 60 < low < 63 and 68 < high < 70
+    put(tmp_path, "teacher", 90.0, dataset="folder")
+    low, high = plots._shown_range(results.read(tmp_path))
+    assert 60 < low < 63 and 67 < high < 70
+    put(tmp_path, KD, 72.0, seed=1, dataset="folder")  # two seeds' interval is 38 points long to each side
+    low, high = plots._shown_range(results.read(tmp_path))
+    assert 54 < low < 63 and 72 < high < 82
+
+
+def test_the_references_diamonds_are_only_beside_its_own_data(tmp_path):
+    put(tmp_path, STUDENT, 59.0)
+    assert plots._reference(results.read(tmp_path), STUDENT) == 59.22
+    put(tmp_path, STUDENT, 59.0, data={**CIFAR, "train_images": 49000, "val_images": 1000})
+    assert plots._reference(results.read(tmp_path), STUDENT) is None
+
+
+def test_each_row_has_a_look_of_its_own(tmp_path):
+    for job in RECIPES:
+        put(tmp_path, job, 60.0)
+    for soft in ("rkd", "crd"):
+        put(tmp_path, f"row_{soft}", 60.0, recipe={**described(RECIPES[STUDENT]), "soft": soft})
+    looks = plots._looks(results.read(tmp_path))
+    assert len({look.colour for look in looks.values()}) == len(looks) == 15
+    assert {look.style for look in looks.values()} == {"-"}  # dashes are for held-out images
+
+
+def test_curves_are_means_over_seeds(tmp_path):
+    runs = [Result.read(put(tmp_path, STUDENT, 59.0, seed, epochs=2 + seed)) for seed in range(2)]
+    runs[1].epochs[0]["train_loss"] = 8.0
+    assert plots._mean_curve(runs, "train_loss") == [6.0, 2.0]
+
+
+def test_learning_rate_drops(tmp_path):
+    run = Result.read(put(tmp_path, STUDENT, 59.0, epochs=3))
+    run.epochs[2]["learning_rate"] = 0.0001
+    assert plots._drops(results.Rows({STUDENT: {0: run}})) == [2.5]
+
+
+def test_a_result_is_made_from_all_its_fields():
+    needed = {part.name for part in dataclasses.fields(Result) if part.default is dataclasses.MISSING}
+    with pytest.raises(TypeError):
+        Result(**dict.fromkeys(needed - {"name"}))
+    assert table.departures(Result(**{**dict.fromkeys(needed), "job": "none"})) == []

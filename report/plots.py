@@ -1,0 +1,266 @@
+"""The plots, PNGs of 1200 pixels' width: top-1 of each row, and the training's curves."""
+
+import io
+import statistics
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from recipes import RECIPES
+from report.results import Result, Rows
+from report.statistics import Interval, noise, own_interval
+
+# Families of rows by (network, soft loss): a colour each, shades of which tell the rows of a family apart.
+COLOURS = {
+    ("teacher", None): "#e08214",
+    ("student", None): "#404040",
+    ("student", "kd"): "#2171b5",
+    ("feature_student", "kd"): "#238b45",
+    ("feature_student", "mse"): "#b2182b",
+}
+OTHER_COLOURS = ["#7a5195", "#00838f", "#8c6d31", "#d6408b", "#5b7f00", "#8c564b", "#3f51b5", "#c49a00"]
+LINE_STYLES = ["-", "--", "-.", ":"]
+
+LONGEST_NAME = 30  # characters; a longer one would leave no room for the plot
+
+
+class Look(NamedTuple):
+    """How a row is drawn."""
+
+    colour: tuple[float, float, float]
+    style: str
+
+
+def top1_plot(rows: Rows) -> bytes:
+    """top1.png: each row's mean top-1 with its 95 % interval, its seeds as dots, teacher and student as lines.
+
+    The axis shows the rows that lie together; one that is far from them is named at the edge, with its figure.
+    """
+    figure = _figure(height=2.2 + 0.42 * len(rows))
+    axes = figure.add_subplot()
+    low, high = _shown_range(rows)
+    axes.set_xlim(low, high)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    looks = _looks(rows)
+    for y, name in enumerate(rows):
+        if low <= rows.top1(name) <= high:
+            _draw_row(axes, rows, name, y, looks[name].colour)
+        else:
+            _draw_far(axes, rows.top1(name), y, (low, high), looks[name].colour)
+        reference = _reference(rows, name)
+        if reference is not None and low <= reference <= high:
+            axes.plot(reference, y, "D", color="white", markeredgecolor="black", markersize=7, zorder=5)
+        axes.text(1.01, y, f"{rows.top1(name):.2f}", transform=axes.get_yaxis_transform(), va="center")
+    _draw_baselines(axes, rows, (low, high), looks)
+    axes.set_yticks(range(len(rows)), [_short(name) for name in rows])
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_xlabel("top-1 on the test images, %")
+    axes.set_title(_title(rows, "Top-1"), pad=26)
+    figure.legend(handles=_top1_legend(rows, (low, high)), loc="outside lower center", ncols=4, frameon=False)
+    return _png(figure)
+
+
+def _draw_row(axes, rows: Rows, name: str, y: int, colour: tuple) -> None:
+    runs = list(rows[name].values())
+    low, high = own_interval(runs)
+    several = len(runs) > 1
+    axes.plot([low, high], [y, y], color=colour, linewidth=3.5 if several else 1.2, solid_capstyle="butt", zorder=2)
+    if several:
+        beneath = [y + 0.27] * len(runs)  # where no mark hides them
+        axes.plot([run.test["top1"] for run in runs], beneath, ".", color=colour, markersize=6, zorder=4)
+    axes.plot(rows.top1(name), y, "o", color=colour, markeredgecolor="white", markersize=10, zorder=3)
+
+
+def _draw_far(axes, value: float, y: int, shown: Interval, colour: tuple) -> None:
+    """An arrow at the edge beyond which the row lies."""
+    left = value < shown[0]
+    axes.plot(shown[not left], y, "<" if left else ">", color=colour, markersize=11, clip_on=False, zorder=4)
+    place = {"xytext": (12 if left else -12, 0), "textcoords": "offset points", "va": "center", "color": colour}
+    axes.annotate("off this axis", (shown[not left], y), ha="left" if left else "right", **place)
+
+
+def _draw_baselines(axes, rows: Rows, shown: Interval, looks: dict[str, Look]) -> None:
+    """The teacher and the student as lines, named above the axes, each on the side away from the other."""
+    lines = {name: rows.top1(name) for name in ("teacher", "student") if name in rows}
+    lines = {name: value for name, value in lines.items() if shown[0] <= value <= shown[1]}
+    for name, value in lines.items():
+        leftmost = value == min(lines.values()) and len(lines) > 1
+        rightmost = len(lines) > 1 and not leftmost
+        side = "right" if leftmost else "left" if rightmost else "center"
+        axes.axvline(value, color=looks[name].colour, linestyle="--", linewidth=1.2, zorder=1)
+        where = axes.get_xaxis_transform()
+        axes.text(value, 1.01, name, transform=where, ha=side, va="bottom", color=looks[name].colour)
+
+
+def _top1_legend(rows: Rows, shown: Interval) -> list:
+    """The kinds of marks that this plot has."""
+    from matplotlib.lines import Line2D
+
+    grey = {"color": "grey", "markersize": 7}
+    several = [len(seeds) > 1 for name, seeds in rows.items() if shown[0] <= rows.top1(name) <= shown[1]]
+    handles = []
+    if any(several):
+        handles.append(Line2D([], [], marker="o", linewidth=3.5, label="mean, 95 % interval over seeds (t)", **grey))
+        handles.append(Line2D([], [], marker=".", linestyle="", label="one seed", **grey))
+    if not all(several):
+        label = "one run, 95 % interval over test images (Wilson)"
+        handles.append(Line2D([], [], marker="o", linewidth=1.2, label=label, **grey))
+    if any(_reference(rows, name) is not None for name in rows):
+        look = {"color": "white", "markeredgecolor": "black"}
+        handles.append(Line2D([], [], marker="D", linestyle="", label="reference (one run)", **look))
+    return handles
+
+
+def _reference(rows: Rows, name: str) -> float | None:
+    """The reference's top-1 of a row; None where there is none, or where these runs are not of the reference's data."""
+    row = RECIPES.get(name)
+    return row.reference.top1 if row and row.reference and rows.first(name).is_of_the_references_data else None
+
+
+def _shown_range(rows: Rows) -> Interval:
+    """The part of the axis of top-1 that has the rows that lie together, with their intervals.
+
+    The others join them as long as none widens that part by more than six tenths. An interval may widen it at most to
+    three times what means and seeds take: one of two seeds can be longer than all that the plot is to show.
+    """
+    students = [name for name in rows if not rows.is_teacher(name)] or list(rows)
+    middle = statistics.median(rows.top1(name) for name in students)
+    distance = {name: abs(rows.top1(name) - middle) for name in rows}
+    reach = max(noise(rows), 3 * statistics.median(distance[name] for name in students))
+    for name in sorted(rows, key=distance.get):
+        if distance[name] <= 1.6 * reach:
+            reach = max(reach, distance[name])
+    near = [name for name in rows if distance[name] <= reach]
+    points = [run.test["top1"] for name in near for run in rows[name].values()]
+    points += [value for name in near if (value := _reference(rows, name)) is not None]
+    intervals = [own_interval(rows[name].values()) for name in near]
+    least, most = min(points), max(points)
+    room = max(most - least, noise(rows))
+    low = max(min(least, *(low for low, _ in intervals)), least - room)
+    high = min(max(most, *(high for _, high in intervals)), most + room)
+    margin = max(0.05 * (high - low), 0.1 * noise(rows))
+    return low - margin, high + margin
+
+
+def curves_plot(rows: Rows) -> bytes:
+    """curves.png: over the epochs, each row's training loss (its own objective), its top-1 and its alpha."""
+    from matplotlib.ticker import MaxNLocator
+
+    with_alpha = any("alpha" in epoch for run in rows.runs() for epoch in run.epochs)
+    held_out = any("val_top1" in epoch for run in rows.runs() for epoch in run.epochs)
+    heights = [3, 3, 1.6][: 2 + with_alpha]
+    figure = _figure(height=max(9 + 2 * with_alpha, 3 + 0.25 * len(rows)))
+    panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
+    loss, top1, *alpha = panels
+    for name, look in _looks(rows, styles=not held_out).items():
+        runs = list(rows[name].values())
+        _draw(loss, runs, ["train_loss_over_batches", "train_loss"], look, label=_short(name))
+        _draw(top1, runs, ["train_top1"], look)
+        _draw(top1, runs, ["val_top1"], look._replace(style="--"))
+        if alpha:
+            _draw(alpha[0], runs, ["alpha"], look)
+    if all(line.get_ydata().min() > 0 for line in loss.lines):
+        _log_scale(loss)
+    loss.set_ylabel("training loss, each row's own objective")
+    top1.set_ylabel("top-1, %: training (solid), held-out images (dashed)" if held_out else "training top-1, %")
+    if alpha:
+        alpha[0].set_ylabel("alpha")
+        alpha[0].set_ylim(-0.05, 1.05)
+    drops = _drops(rows)
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        for epoch in drops:
+            axes.axvline(epoch, color="grey", linewidth=1, linestyle=(0, (1, 3)), zorder=0)
+    panels[-1].set_xlabel("epoch" + "; grey: the learning rate drops" * bool(drops))
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))  # 1 alone, too
+    figure.legend(loc="outside right upper", handlelength=3.5, frameon=False)
+    loss.set_title(_title(rows, "Training" + ", means over seeds" * rows.have_several_seeds))
+    return _png(figure)
+
+
+def _log_scale(axes) -> None:
+    """A log scale that says 0.1, not 10 to the -1."""
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        def __call__(self, x, pos=None):
+            return f"{x:g}" if super().__call__(x, pos) else ""  # it knows which of the ticks there is room for
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(Plain())
+
+
+def _draw(axes, runs: list[Result], names: list[str], look: Look, label: str | None = None) -> None:
+    """The curve of the first of these figures that all epochs of the runs have; none where there is no such."""
+    name = next((name for name in names if all(name in epoch for run in runs for epoch in run.epochs)), None)
+    if name:
+        points = _mean_curve(runs, name)
+        marker = "o" if len(points) < 10 else None  # a single epoch has no line to see
+        line = {"color": look.colour, "linestyle": look.style, "marker": marker, "markersize": 4, "linewidth": 1.6}
+        axes.plot(range(1, len(points) + 1), points, label=label, **line)
+
+
+def _mean_curve(runs: Iterable[Result], name: str) -> list[float]:
+    """The mean over runs, epoch by epoch, as far as the shortest goes."""
+    curves = [[epoch[name] for epoch in run.epochs] for run in runs]
+    return [statistics.mean(values) for values in zip(*curves, strict=False)]
+
+
+def _drops(rows: Rows) -> list[float]:
+    """Where the students' learning rate drops, halfway between two epochs; the teacher's own drops if it is alone."""
+    students = [name for name in rows if not rows.is_teacher(name)] or list(rows)
+    found = set()
+    for run in (run for name in students for run in rows[name].values()):
+        rates = [epoch.get("learning_rate") for epoch in run.epochs]
+        found |= {i + 0.5 for i in range(1, len(rates)) if rates[i] != rates[i - 1]}
+    return sorted(found)
+
+
+def _looks(rows: Rows, styles: bool = False) -> dict[str, Look]:
+    """A look for each row: its family's colour in a shade of its own; with styles, a line style of its own as well."""
+    families: dict[tuple, list[str]] = {}
+    for name in rows:
+        recipe = rows.first(name).recipe
+        families.setdefault((recipe["network"], recipe["soft"]), []).append(name)
+    others = [family for family in families if family not in COLOURS]
+    colours = COLOURS | {family: OTHER_COLOURS[i % len(OTHER_COLOURS)] for i, family in enumerate(others)}
+    looks = {}
+    for family, names in families.items():
+        for i, name in enumerate(names):
+            shade = _shade(colours[family], 2 * i / (len(names) - 1) - 1 if len(names) > 1 else 0)
+            looks[name] = Look(shade, LINE_STYLES[i % len(LINE_STYLES)] if styles else "-")
+    return {name: looks[name] for name in rows}
+
+
+def _shade(colour: str, lightness: float) -> tuple[float, float, float]:
+    """The colour, from darker (-1) over itself (0) to lighter (1)."""
+    from matplotlib.colors import to_rgb
+
+    other, part = (1.0, 0.5 * lightness) if lightness > 0 else (0.0, -0.4 * lightness)
+    return tuple((1 - part) * value + part * other for value in to_rgb(colour))
+
+
+def _short(name: str) -> str:
+    """The name; of a long one its beginning and its end."""
+    half = LONGEST_NAME // 2
+    short = name if len(name) <= LONGEST_NAME else f"{name[:half]}…{name[-half:]}"
+    return short.replace("$", r"\$")  # which would begin a formula
+
+
+def _figure(height: float):
+    """An empty figure, 1200 pixels wide; matplotlib is imported here, so that importing the report stays fast."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(12, height), dpi=100, layout="constrained")
+
+
+def _png(figure) -> bytes:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    file = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(file)
+    return file.getvalue()
+
+
+def _title(rows: Rows, what: str) -> str:
+    return f"{what}: {rows.any_run.dataset}" + " (a check of the pipeline, not a result)" * rows.are_a_check

@@ -1,0 +1,319 @@
+"""The result of a run, the one place where its fields are spelt, and all results of a folder."""
+
+import base64
+import csv
+import io
+import json
+import statistics
+from collections.abc import Collection, Iterator
+from dataclasses import MISSING, asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
+
+import numpy
+
+from recipes import RECIPES
+from util.files import write_json
+from util.runtime import UserError
+
+NAMES = "*_seed*.json"
+
+# The data on which the reference's figures were measured.
+REFERENCE_DATA = {"train_images": 50000, "test_images": 10000, "classes": 100, "image_size": 32, "val_images": 0}
+
+
+class _Data(TypedDict):
+    train_images: int
+    test_images: int
+    classes: int
+    image_size: int
+
+
+class Data(_Data, total=False):
+    """What a run was trained and tested on; train_images: without those that were held out, val_images."""
+
+    val_images: int
+    fingerprint: str
+    test_fingerprint: str
+
+
+class RecipeValues(TypedDict):
+    """A recipe's plain values; besides these, the settings of its loss under their own names, like T."""
+
+    network: str
+    soft: str | None
+    alpha: float | str
+    beta: float
+    gamma: float
+    epochs: int
+    scheduler_step: int
+    learning_rate: float
+    batch_size: int
+
+
+class _Epoch(TypedDict):
+    epoch: int
+    train_loss: float
+    train_top1: float
+
+
+class Epoch(_Epoch, total=False):
+    """The figures of an epoch; besides these, each term of the loss under its own name.
+
+    train_loss: the mean over images; train_loss_over_batches: over batches, as it is printed. val_loss (the mean CE)
+    and val_top1: of held-out images.
+    """
+
+    train_loss_over_batches: float
+    alpha: float
+    learning_rate: float
+    seconds: float
+    val_loss: float
+    val_top1: float
+
+
+class _Test(TypedDict):
+    top1: float
+    top5: float
+    test_loss: float
+    mean_ce: float
+
+
+class Test(_Test, total=False):
+    """The figures of the test. correct: base64 of numpy.packbits over the test images in order."""
+
+    images: int
+    correct: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What is kept of a finished run: what it was, and the figures of its epochs and of its test.
+
+    name: of the run's files; its job's, unless it was given one. teacher: {"sha256": ...} of the one it learnt from.
+    warm_start: "epochs" and "checkpoint_sha256" of the finished run that it was trained on from.
+    """
+
+    job: str
+    name: str
+    dataset: str
+    data: Data
+    seed: int
+    augment: bool = False
+    precision: str
+    batch_norm: str = "whole batch"
+    recipe: RecipeValues
+    weights: str | None = None
+    teacher: dict | None = None
+    teacher_top1: float | None
+    epochs: list[Epoch]
+    test: Test
+    seconds: float
+    images_per_second: float
+    checkpoint: str = ""
+    checkpoint_sha256: str = ""
+    versions: dict
+    device: str
+    processes: int = 1
+    command: str
+    warm_start: dict | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> "Result":
+        """The result in the file, checked. Raises UserError where it can't be read, is damaged, or is not whole."""
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+        except (ValueError, RecursionError):
+            raise UserError(f"{path} is damaged (cut short?), not JSON; delete it and run its job again") from None
+        flaw = "the whole" if not isinstance(values, dict) else ""
+        if not flaw:
+            values.setdefault("name", values.get("job"))
+            flaw = _first_flaw(values) or _impossible(values)
+        if flaw:
+            raise UserError(f"{path} is no whole result ({flaw} is missing or wrong); delete it and run its job again")
+        values["data"].setdefault("val_images", 0)
+        return cls(**{part.name: values[part.name] for part in fields(cls) if part.name in values})
+
+    def write(self, path: Path) -> None:
+        """Write it as JSON, whole or not at all. Raises UserError."""
+        write_json(asdict(self), path)
+
+    @property
+    def is_of_the_references_data(self) -> bool:
+        """Whether it is of all the images that the reference's figures are of."""
+        data = [self.data[name] == value for name, value in REFERENCE_DATA.items()]
+        return self.dataset == "cifar100" and all(data)
+
+    @cached_property
+    def right(self) -> numpy.ndarray | None:
+        """Of each test image, in order, whether it was right, as booleans (test images,); None where that is untold."""
+        return _unpacked(self.test["correct"], self.data["test_images"]) if "correct" in self.test else None
+
+
+class Rows(dict[str, dict[int, Result]]):
+    """Name -> seed -> result: the rows of recipes.py in its order, then runs with own names; seeds ascending."""
+
+    def runs(self) -> Iterator[Result]:
+        """Every run, row by row."""
+        return (run for seeds in self.values() for run in seeds.values())
+
+    @property
+    def any_run(self) -> Result:
+        """A run, for what all have in common."""
+        return next(self.runs())
+
+    def first(self, name: str) -> Result:
+        """A run of the row, for what all its seeds have in common."""
+        return next(iter(self[name].values()))
+
+    def top1(self, name: str) -> float:
+        """The mean over seeds of a row's top-1, in percent."""
+        return statistics.mean(run.test["top1"] for run in self[name].values())
+
+    def is_teacher(self, name: str) -> bool:
+        """Whether the row's network is the teacher's."""
+        return self.first(name).recipe["network"] == "teacher"
+
+    @property
+    def have_several_seeds(self) -> bool:
+        """Whether any row has more than one seed."""
+        return any(len(seeds) > 1 for seeds in self.values())
+
+    @property
+    def are_a_check(self) -> bool:
+        """Whether these runs check the pipeline and show nothing else."""
+        return self.any_run.dataset == "digits"
+
+
+def read(results_dir: Path) -> Rows:
+    """The runs in the folder, all whole and of the same data. Raises UserError, which names all damaged ones."""
+    runs, flaws = {}, []
+    for path in sorted(path for path in results_dir.glob(NAMES) if not path.name.startswith(".")):
+        try:
+            runs[path] = Result.read(path)
+            _check_name(path, runs[path])
+        except UserError as error:
+            flaws.append(str(error))
+    if flaws:
+        raise UserError("; ".join(flaws))
+    if not runs:
+        raise UserError(f"{results_dir} holds no results ({NAMES.replace('*', '<...>')}); train something first")
+    _check_same_data(runs)
+    order = list(RECIPES)
+    rows = Rows()
+    for run in sorted(runs.values(), key=lambda run: (*_place(run, order), run.name, run.seed)):
+        rows.setdefault(run.name, {})[run.seed] = run
+    for name, seeds in rows.items():
+        jobs = dict.fromkeys(run.job for run in seeds.values())
+        if len(jobs) > 1:
+            raise UserError(f"{name} is the name of runs of different jobs ({', '.join(jobs)}); move one of them away")
+    return rows
+
+
+def _place(run: Result, order: list[str]) -> tuple[bool, int]:
+    """First the rows of recipes.py under their own names, then the others, by their jobs."""
+    return run.name not in order, order.index(run.job) if run.job in order else len(order)
+
+
+def _check_name(path: Path, run: Result) -> None:
+    if path.name != f"{run.name}_seed{run.seed}.json":
+        raise UserError(f"{path} holds {run.name} with seed {run.seed}: not what its name says; move it away")
+    if run.name in RECIPES and run.name != run.job:
+        raise UserError(f"{path} is of the job {run.job}, not of the one that its name says; move it away")
+
+
+def _check_same_data(runs: dict[Path, Result]) -> None:
+    first, *others = runs
+    for path in others:
+        if describe_data(runs[path]) != describe_data(runs[first]):
+            raise UserError(
+                f"{first} and {path} are of different data ({describe_data(runs[first])}; "
+                f"{describe_data(runs[path])}); a table must not mix them: keep each in a folder of its own"
+            )
+
+
+def describe_data(run: Result) -> str:
+    """The run's data in words; images that it held out are training images all the same."""
+    data = run.data
+    return (
+        f"{run.dataset}, {data['train_images'] + data['val_images']:,} training and {data['test_images']:,} test "
+        f"images of {data['image_size']}x{data['image_size']} pixels, {data['classes']} classes"
+    )
+
+
+def epochs_csv(result: Result) -> str:
+    """The figures of each epoch as CSV, a line for each."""
+    return as_csv(result.epochs)
+
+
+def as_csv(lines: list[dict[str, Any]]) -> str:
+    """The lines as CSV under the names that any of them has; what a line lacks is left empty."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(dict.fromkeys(name for line in lines for name in line)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return file.getvalue()
+
+
+def _first_flaw(values: dict[str, Any]) -> str:
+    """The name of the first part of a result that is missing, of another type, or not finite; "" where all is well."""
+    needed = {part.name for part in fields(Result) if part.default is MISSING}
+    return _flaw_within(values, get_type_hints(Result), needed)
+
+
+def _flaw_within(values: dict[str, Any], hints: dict[str, Any], needed: Collection[str]) -> str:
+    for name, kind in hints.items():
+        flaw = _flaw(values[name], kind, name) if name in values else name * (name in needed)
+        if flaw:
+            return flaw
+    return next((name for name, value in values.items() if isinstance(value, float) and not _is_number(value)), "")
+
+
+def _flaw(value: Any, kind: Any, name: str) -> str:
+    if is_typeddict(kind):
+        needed = kind.__required_keys__
+        return _flaw_within(value, get_type_hints(kind), needed) if isinstance(value, dict) else name
+    if isinstance(kind, UnionType):
+        return name * all(_flaw(value, part, name) for part in get_args(kind))
+    if get_origin(kind) is list:
+        (part,) = get_args(kind)
+        return next(filter(None, (_flaw(item, part, name) for item in value)), "") if _filled_list(value) else name
+    if kind in (int, float):
+        return name * (not _is_number(value) or (kind is int and not isinstance(value, int)))
+    return name * (not isinstance(value, kind))
+
+
+def _filled_list(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a finite number that a float can hold; True and False are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _impossible(values: dict[str, Any]) -> str:
+    """The name of the first figure of a result, otherwise whole, that can't be; "" where all can."""
+    data, test = values["data"], values["test"]
+    bad = [name for name in ("train_images", "test_images", "classes", "image_size") if data[name] < 1]
+    bad += [name for name in ("top1", "top5") if not 0 <= test[name] <= 100]
+    if not bad and "correct" in test:
+        try:
+            right = _unpacked(test["correct"], data["test_images"])
+        except ValueError:
+            return "correct"
+        if abs(100 * right.mean() - test["top1"]) > 1e-6:
+            bad.append("correct")
+    return next(iter(bad), "")
+
+
+def _unpacked(text: str, images: int) -> numpy.ndarray:
+    """The booleans of so many images. Raises ValueError where the text holds another number of them."""
+    packed = numpy.frombuffer(base64.b64decode(text, validate=True), numpy.uint8)
+    if len(packed) != -(-images // 8):
+        raise ValueError(f"{len(packed)} bytes do not hold the bits of {images} images")
+    return numpy.unpackbits(packed, count=images).astype(bool)

@@ -1,0 +1,252 @@
+"""The table: RESULTS.md and results.csv."""
+
+import math
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+from recipes import RECIPES, described
+from report.findings import claims_section, findings, p_value
+from report.results import Result, Rows, as_csv, describe_data
+from report.statistics import Comparison, gains_on_student, noise, standard_error
+
+# Title, the figure of a run, and its format.
+MEASURED: list[tuple[str, Callable[[Result], float], str]] = [
+    ("top-1", lambda run: run.test["top1"], ".2f"),
+    ("top-5", lambda run: run.test["top5"], ".2f"),
+    ("Test Loss", lambda run: run.test["test_loss"], ".8f"),
+    ("mean CE", lambda run: run.test["mean_ce"], ".4f"),
+    ("seconds", lambda run: run.seconds, ",.1f"),
+    ("images/s", lambda run: run.images_per_second, ",.0f"),
+]
+HELD_OUT: list[tuple[str, Callable[[Result], float | None], str]] = [
+    ("val loss", lambda run: run.epochs[-1].get("val_loss"), ".4f"),
+    ("val top-1", lambda run: run.epochs[-1].get("val_top1"), ".2f"),
+]
+
+
+def markdown(rows: Rows, with_claims: bool = False) -> str:
+    """RESULTS.md."""
+    parts = [
+        f"# Results on {rows.any_run.dataset}",
+        _heading(rows),
+        _table(rows),
+        "\n".join(f"- {note}" for note in _notes(rows)),
+        "![top-1 of each row](top1.png)",
+        "![training curves of each row](curves.png)",
+        "## What it shows",
+        "\n".join(f"- {fact}" for fact in findings(rows)),
+    ]
+    if rows.are_a_check:
+        parts.insert(0, "**This is a check of the pipeline, not a result.**")
+    if with_claims:
+        parts.append(claims_section(rows))
+    return "\n\n".join(parts) + "\n"
+
+
+def _heading(rows: Rows) -> str:
+    runs = list(rows.runs())
+    facts = {
+        "Data": [describe_data(runs[0])],
+        "Device": [run.device for run in runs],
+        "Precision": [run.precision for run in runs],
+        "Versions": [", ".join(f"{name} {version}" for name, version in run.versions.items()) for run in runs],
+        "Top-1 of the teacher distilled from": [
+            f"{run.teacher_top1:.2f}" for run in runs if run.teacher_top1 is not None
+        ],
+    }
+    lines = [f"- {name}: {'; '.join(dict.fromkeys(values))}" for name, values in facts.items() if values]
+    commands = dict.fromkeys(f"    python {run.command}" for run in runs)
+    return "\n".join(lines) + "\n\nMade by:\n\n" + "\n".join(commands)
+
+
+def _table(rows: Rows) -> str:
+    """The Markdown table: a line for each row, means over its seeds."""
+    gains = gains_on_student(rows)
+    lines = [_cells(rows, name, gains.get(name)) for name in rows]
+    titles = [title for title in lines[0] if any(line[title] for line in lines) or title in ("job", "gain")]
+    table = [titles, ["---"] + ["---:"] * (len(titles) - 1)]
+    table += [[line[title].replace("|", "\\|") for title in titles] for line in lines]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+
+
+def _cells(rows: Rows, name: str, gain: Comparison | None) -> dict[str, str]:
+    """The cells of a row under their titles; a column that is empty in all rows is not shown."""
+    runs, reference = list(rows[name].values()), reference_of(rows, name)
+    measured = [(title, [figure(run) for run in runs], form) for title, figure, form in MEASURED + HELD_OUT]
+    return {
+        "job": name,
+        **{title: "" if None in values else _spread(values, form) for title, values, form in measured},
+        "epochs": ", ".join(dict.fromkeys(str(run.recipe["epochs"]) for run in runs)),
+        "gain": _gain(gain, len(runs)) if gain else "",
+        "McNemar p": ", ".join(map(p_value, gain.mcnemar.values())) if gain else "",
+        "beyond noise": {True: "yes", False: "no", None: ""}[gain and gain.beyond_noise],
+        "seeds": str(len(runs)) if rows.have_several_seeds else "",
+        "reference top-1": f"{reference.top1:.2f}" if reference else "",
+        "reference top-5": f"{reference.top5:.2f}" if reference else "",
+        "reference Test Loss": f"{reference.test_loss:.8f}" if reference else "",
+    }
+
+
+def _spread(values: list[float], form: str) -> str:
+    """The mean, with the sample standard deviation (n - 1) where there are several values."""
+    text = format(statistics.mean(values), form)
+    if len(values) > 1:
+        text += f" ± {format(statistics.stdev(values), form)}"
+    return text
+
+
+def _gain(gain: Comparison, seeds: int) -> str:
+    """The cell of the gain, which says over how many seeds it is where these are not all of the row's."""
+    text = f"{gain.gain:+.2f}"
+    if gain.interval:
+        text += " [{:+.2f}, {:+.2f}]".format(*gain.interval)
+    return text + f" (seeds in common: {len(gain.gains)})" * (len(gain.gains) < seeds)
+
+
+def reference_of(rows: Rows, name: str):
+    """The reference's figures for a row, where it has any and these runs are of CIFAR-100; else None."""
+    return RECIPES[name].reference if name in RECIPES and rows.any_run.dataset == "cifar100" else None
+
+
+def _notes(rows: Rows) -> list[str]:
+    """What one must know to read the table."""
+    n = rows.any_run.data["test_images"]
+    batches = math.ceil(n / 256)
+    notes = [
+        "top-1 and top-5 are percentages of the test images; gain: over the student, in points of top-1, seed by seed.",
+        "Test Loss is the sum over batches of 256 test images of each batch's mean CE, divided by the number of test "
+        f"images: about mean CE / 256 on a large test set; here {batches} batches for {n:,} images, so about mean CE / "
+        f"{n / batches:.0f}.",
+        f"Noise: the standard error of one top-1 on {n:,} test images is {standard_error(rows):.2f} points (binomial, "
+        f"for the median row), so two runs differ by up to about twice sqrt(2) that, {noise(rows):.2f} points, by "
+        "chance. Rows tested on the same images are compared image by image, which tells more.",
+    ]
+    if rows.have_several_seeds:
+        notes.append("±: the sample standard deviation (n - 1) over the seeds.")
+    if not rows.are_a_check:
+        notes.append("Which rows' original code is known, and which follow from a line of text, is told in README.")
+    return notes + _gain_notes(rows) + _held_out_notes(rows) + _departure_notes(rows)
+
+
+def _gain_notes(rows: Rows) -> list[str]:
+    """How the gains are judged, in a line for each thing that the table shows of them."""
+    gains = gains_on_student(rows)
+    notes = []
+    if any(found.interval for found in gains.values()):
+        notes.append(
+            "[ ]: the 95 % interval of the gain: over seeds (paired t), which other test images could move further; of "
+            "one seed over test images (Newcombe's for paired proportions), which another seed could move further."
+        )
+    told = [name for name, found in gains.items() if found.adjusted is not None]
+    if told:
+        notes.append(
+            "McNemar p: of the exact test against the student of the same seed. Beyond noise: yes where the row's p is "
+            "under 0.05 after Holm's correction over the "
+            f"{len(told)} rows compared; that p is McNemar's (over several seeds an image counts for the row that gets "
+            "it right in more of them) or, if larger, that of the paired t test over seeds."
+        )
+    untold = [name for name in gains if name not in told]
+    if untold:
+        notes.append(
+            f"No test against the student: {', '.join(untold)}; results must tell which of the same images were right."
+        )
+    return notes
+
+
+def _held_out_notes(rows: Rows) -> list[str]:
+    """Whether the rows trained on all training images."""
+    by_count: dict[int, list[str]] = {}
+    for name, seeds in rows.items():
+        for count in dict.fromkeys(run.data["val_images"] for run in seeds.values()):
+            by_count.setdefault(count, []).append(name)
+    data = rows.any_run.data
+    total = data["train_images"] + data["val_images"]
+    if list(by_count) == [0]:
+        return [f"All rows trained on all {total:,} training images."]
+    who = {count: ", ".join(names) if len(by_count) > 1 else "all rows" for count, names in by_count.items()}
+    notes = [
+        f"Held out: {count:,} of {total:,} training images ({who[count]})."
+        if count
+        else f"None held out: {who[count]}."
+        for count in sorted(by_count, reverse=True)
+    ]
+    return [*notes, "val loss (mean CE) and val top-1: of the held-out images after the last epoch."]
+
+
+def departures(run: Result) -> list[str]:
+    """In what the run departs from its row of recipes.py, which is the reference's where the reference has it."""
+    found = []
+    if run.job in RECIPES:
+        row = described(RECIPES[run.job])
+        pairs = [
+            (name, run.recipe.get(name), value) for name, value in row.items() if name not in ("job", "checkpoint")
+        ]
+        found += [f"{name} {here} instead of {there}" for name, here, there in pairs if here != there]
+        if run.name != run.job:  # else what the row does not spell is its loss's default
+            found += [f"{name} {value}" for name, value in run.recipe.items() if name not in row and value is not None]
+    if run.augment:
+        found.append("augmented images")
+    if run.weights not in (None, "imagenet"):
+        found.append(f"a teacher that starts from the weights {run.weights} instead of imagenet")
+    if run.warm_start:
+        found.append(f"a start from a finished run of {run.warm_start.get('epochs')} epochs, with a fresh optimiser")
+    return found
+
+
+def _departure_notes(rows: Rows) -> list[str]:
+    """One note for each way of departing from the reference, with the rows that do; what runs with own names are."""
+    jobs: dict[str, list[str]] = {}
+    notes = []
+    for name, seeds in rows.items():
+        ways: dict[str, list[int]] = {}
+        for seed, run in seeds.items():
+            ways.setdefault(", ".join(departures(run)), []).append(seed)
+        for text, those in ways.items():
+            label = name if len(ways) == 1 else f"{name} (seed {', '.join(map(str, those))})"
+            if name in RECIPES:
+                if text:
+                    jobs.setdefault(text, []).append(label)
+            else:
+                notes.append(f"{label} is {_described(rows[name][those[0]], text)}.")
+    departed = [f"Not the reference's recipe: {', '.join(names)} ran with {text}." for text, names in jobs.items()]
+    if rows.any_run.dataset == "cifar100" and not rows.any_run.is_of_the_references_data:
+        departed.append("Not the reference's data: that is 50,000 training and 10,000 test images of 32x32 pixels.")
+    if departed:
+        departed.append(
+            "Figures of shortened or otherwise changed runs, and of students of such a teacher, do not compare with "
+            "the reference."
+        )
+    return notes + departed
+
+
+def _described(run: Result, departures: str) -> str:
+    """What a run with a name of its own is, in words."""
+    if run.job in RECIPES:
+        return f"{run.job} with {departures}" if departures else f"{run.job} as recipes.py has it"
+    recipe = ", ".join(f"{name} {value}" for name, value in run.recipe.items() if name not in ("job", "checkpoint"))
+    return f"no row of recipes.py; it ran with {', '.join([recipe, *filter(None, [departures])])}"
+
+
+def comma_separated(rows: Rows) -> str:
+    """results.csv: one line for each run, nothing averaged."""
+    return as_csv([_flat(run) for run in rows.runs()])
+
+
+def _flat(run: Result) -> dict[str, Any]:
+    return {
+        "job": run.job,
+        "name": run.name,
+        "seed": run.seed,
+        "dataset": run.dataset,
+        **{name: run.test[name] for name in ("top1", "top5", "test_loss", "mean_ce")},
+        "val_images": run.data["val_images"],
+        **{name: run.epochs[-1].get(name) for name in ("val_loss", "val_top1")},
+        "epochs": run.recipe["epochs"],
+        "seconds": run.seconds,
+        "images_per_second": run.images_per_second,
+        "precision": run.precision,
+        "device": run.device,
+        "teacher_top1": run.teacher_top1,
+        **{name: value for name, value in run.recipe.items() if name not in ("job", "checkpoint")},
+    }
