@@ -342,7 +342,7 @@ def _of_files(
             part: Split(ImageFiles([path for path, _ in listed], size), labels[part], getattr(told, part))
             for part, listed in parts.items()
         }
-        measured = told.mean, told.std
+        measured = (told.mean, told.std) if found.train else normalisation
     else:
         pixels = images.decoded(found, size, key)
         splits = {part: Split(torch.from_numpy(pixels[part]), labels[part]) for part in parts}
