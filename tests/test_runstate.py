@@ -69,7 +69,9 @@ def test_killed_at_random_and_resumed_the_weights_are_the_same(process, small, f
     assert not list(folder.glob("*.state*")) and not list(folder.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 0)])
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 0), (signal.SIGHUP, 129)]
+)
 def test_a_signal_stops_in_mid_epoch(process, small, folder, number, code):
     args = ["train.py", "--model_job", "student", *small, "--checkpoint_dir", folder, "--batch_size", 2, "--epochs", 3]
     expected, _ = undisturbed(process, args, folder / "resnet18.pth")
@@ -126,7 +128,7 @@ def test_a_state_is_not_silently_overwritten(script, stopped, folder):
 @pytest.mark.parametrize(
     "flags, word",
     [
-        (["--epochs", 9], "recipe.epochs: 8 there, 9 now"),
+        (["--epochs", 7], "recipe.epochs: 8 there, 7 now"),
         (["--seed", 1], "seed: 0 there, 1 now"),
         (["--learning_rate", 0.01], "recipe.learning_rate"),
         (["--batch_size", 10], "recipe.batch_size"),
@@ -140,11 +142,21 @@ def test_a_state_of_other_settings_is_refused(script, stopped, folder, flags, wo
     assert (folder / "resnet18.state").read_bytes() == before
 
 
+def test_an_unfinished_run_may_be_given_more_epochs(script, stopped, folder):
+    """Exactly as if it had been asked for them at once, where no schedule of alpha depends on their number."""
+    ran = script("train.py", *stopped, "--epochs", 9, "--resume")
+    assert ran.code == 0 and [match[0] for match in re.findall(EPOCH, ran.out)] == [str(k) for k in range(2, 10)]
+    resumed = torch.load(folder / "resnet18.pth", weights_only=True)
+    assert script("train.py", *stopped, "--epochs", 9, "--overwrite").code == 0
+    whole = torch.load(folder / "resnet18.pth", weights_only=True)
+    assert all(value.equal(whole[key]) for key, value in resumed.items())
+
+
 def test_resume_without_a_state_starts_and_then_is_done(script, small, folder):
     args = ["--model_job", "student", *small, "--checkpoint_dir", folder, "--epochs", 1, "--resume"]
     assert script("train.py", *args).out.count("Epoch") == 1
     ran = script("train.py", *args)
-    assert ran.code == 0 and "finished already" in ran.err and ran.out == ""
+    assert ran.code == 0 and "finished already" in ran.err and ran.out.startswith("Test Loss")
 
 
 def test_reproduce_goes_on_by_itself(process, small, folder):
@@ -298,7 +310,7 @@ def test_what_a_killed_process_left_goes(script, small, folder):
 
 def test_a_lock_goes_with_its_process_even_if_a_child_lives_on(tmp_path):
     """A worker process that outlives a killed run inherits its files, but must not hold its lock."""
-    code = "import files, os, pathlib, subprocess, sys, time\nwith files.locked(pathlib.Path('lock')):\n"
+    code = "import os, pathlib, time\nfrom util import files\nwith files.locked(pathlib.Path('lock')):\n"
     code += "    if os.fork() == 0: time.sleep(30)\n    os.kill(os.getpid(), 9)"
     child = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
     child.wait(timeout=60)

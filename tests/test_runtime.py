@@ -126,15 +126,6 @@ def test_a_step_uses_the_memory_of_the_step_before():
     assert faults("chosen") < faults("plain") / 20
 
 
-@pytest.mark.parametrize("mode, expected", [("auto", False), ("off", False), ("on", True)])
-def test_when_to_compile(digits, monkeypatch, mode, expected):
-    monkeypatch.setattr(jobs, "compiled", lambda *args: "compiled")
-    batches = Batches(digits.train, digits.mean, digits.std, 256, CPU)
-    network = Small()
-    forward = jobs.forward_of(network, batches, Runtime(CPU, "bf16"), mode)
-    assert forward == ("compiled" if expected else network)
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_a_step_on_cuda_never_waits_for_the_device(digits):
     hardware = runtime.choose("cuda", "auto")
@@ -167,3 +158,24 @@ def test_order_on_cuda_is_that_on_the_cpu(digits):
     for (i, a), (j, b) in zip(order(CPU), order(torch.device("cuda")), strict=True):
         assert i.equal(j)
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("text", ["auto", "cpu", "cuda", "cuda:0", "cuda:15"])
+def test_names_of_devices(text):
+    assert runtime.device_name(text) == text
+
+
+@pytest.mark.parametrize("text", ["gpu", "cuda:", "cuda:x", "cuda:-1", "CUDA", "0", ""])
+def test_what_is_no_device_is_answered_with_what_is(text):
+    with pytest.raises(ValueError, match="there are auto, cpu, cuda, and cuda:N"):
+        runtime.device_name(text)
+
+
+def test_a_gpu_that_is_not_there_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="--device cuda:7: there are 2 GPUs here, cuda:0 to cuda:1"):
+        runtime.choose("cuda:7")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="each process takes a GPU of its own"):
+        runtime.choose("cuda:1")

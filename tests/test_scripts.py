@@ -13,8 +13,10 @@ import termios
 import numpy as np
 import pytest
 import torch
+from cifar_files import COPIES, make_small
 
 import data
+import jobs
 import models
 from recipes import RECIPES, ROWS
 from util.runstate import Keeper
@@ -76,6 +78,60 @@ def test_teacher_and_students_on_digits(script, tmp_path):
     assert result["test"]["top1"] == pytest.approx(float(tested[2])) and result["test"]["images"] == 297
     assert result["recipe"]["epochs"] == 3 and result["recipe"]["scheduler_step"] == 2
     assert [figures["learning_rate"] for figures in result["epochs"]] == pytest.approx([1e-3, 1e-3, 1e-4])
+
+
+# on the files of CIFAR-10 and CIFAR-100, in their own formats
+
+
+def test_the_main_job_on_cifar100s_own_files(script, tmp_path, monkeypatch):
+    """Every kind of row is trained, through the whole comparison too, from files as the official archive has them."""
+    COPIES["official folder"](tmp_path / "data", "cifar100", make_small(monkeypatch, "cifar100", train=1))
+    rows = ["teacher", "student", "distillation", "distillation_LDH5"]
+    ran = script("reproduce.py", "--weights", "none", "--epochs", 1, "--batch_size", 50, "--jobs", *rows)
+    assert ran.code == 0, ran.err
+    table = (tmp_path / "results" / "RESULTS.md").read_text()
+    assert "# Results on cifar100" in table and all(f"| {job} |" in table for job in rows)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("*.pth")) == [
+        "Distilled_resnet18.pth", "Distilled_resnet18_LDH5.pth", "resnet18.pth", "resnet50.pth",
+    ]  # fmt: skip
+    ran = script("test_LDH.py", "--model_job", "distillation_LDH5")
+    lines_are(ran.out, TEST, MEAN)
+
+
+def test_the_main_job_on_cifar10s_own_files(script, tmp_path, monkeypatch):
+    COPIES["archive"](tmp_path / "data", "cifar10", make_small(monkeypatch, "cifar10", train=5))
+    common = ["--dataset", "cifar10", "--epochs", 1, "--batch_size", 25]
+    assert script("train.py", "--model_job", "teacher", "--weights", "none", *common).code == 0
+    assert script("train.py", "--model_job", "student", *common, "--augment").code == 0
+    for job in ("distillation_KMJ2", "distillation_LDH2"):
+        ran = script("train_distillation.py", "--model_job", job, *common)
+        assert ran.code == 0, ran.err
+    assert script("test.py", "--model_job", "distillation_KMJ2", "--dataset", "cifar10").code == 0
+
+
+def test_held_out_images(script, small, small_teacher, tmp_path):
+    """Their figures come after each epoch, and they are none of those that are trained on."""
+    flags = ["--val_fraction", 0.3, "--epochs", 2, "--teacher", small_teacher]
+    ran = script("train_distillation.py", *small, *flags)
+    assert ran.code == 0 and all("val loss" in line and "val top-1" in line for line in ran.err.splitlines())
+    result = json.loads((tmp_path / "results" / "folder" / "distillation_seed0.json").read_text())
+    assert (result["data"]["train_images"], result["data"]["val_images"]) == (28, 12)
+    root, model = small[3], models.build("student", 4)
+    model.load_state_dict(torch.load(tmp_path / "checkpoints" / "folder" / "Distilled_resnet18.pth", weights_only=True))
+    whole = data.load("folder", root, 8)
+    _, val = data.held_out(whole.train, 0.3, 4)
+    images = data.normalise(val.images, torch.tensor(whole.mean), torch.tensor(whole.std))
+    top1 = 100 * (model.eval()(images).logits.argmax(1) == val.labels).double().mean().item()
+    assert result["epochs"][1]["val_top1"] == pytest.approx(top1)
+    assert "val_top1" in (tmp_path / "results" / "folder" / "distillation_seed0.csv").read_text().splitlines()[0]
+
+
+def test_compiling_is_asked_for(script, small, monkeypatch):
+    asked = []
+    monkeypatch.setattr(jobs, "compiled", lambda network, *args: asked.append(args) or network)
+    for flags in ([], ["--compile", "on"]):
+        assert script("train.py", "--model_job", "student", *small, "--epochs", 1, "--overwrite", *flags).code == 0
+    assert len(asked) == 1
 
 
 # figures
@@ -235,8 +291,8 @@ def test_bad_flags(script, ready, tmp_path, case):
 
 @pytest.mark.parametrize("name", ["train.py", "test.py", "test_LDH.py"])
 def test_unknown_jobs_are_answered_with_the_list(script, name):
-    jobs = {"train.py": ["teacher", "student"], "test.py": list(RECIPES), "test_LDH.py": ["distillation_LDH10"]}[name]
-    refused(script(name, "--model_job", "nonsense"), *jobs)
+    known = {"train.py": ["teacher", "student"], "test.py": list(RECIPES), "test_LDH.py": ["distillation_LDH10"]}[name]
+    refused(script(name, "--model_job", "nonsense"), *known)
 
 
 def test_test_ldh_keeps_to_its_rows(script):
