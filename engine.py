@@ -134,7 +134,7 @@ def _over_all(totals: Terms, processes: Processes) -> Terms:
     if not totals:
         return {}
     values = torch.stack(list(totals.values()))
-    processes.sum(values)
+    processes.all_reduce_sum(values)
     return dict(zip(totals, values, strict=True))
 
 
@@ -173,7 +173,7 @@ def evaluate(network: CifarResNet, batches: Batches, runtime: Runtime) -> dict[s
             hits = logits.topk(min(5, logits.shape[1])).indices == batch.labels.unsqueeze(1)
             losses = F.cross_entropy(logits, batch.labels, reduction="none")
             figures[batch.index] = torch.stack([losses, hits[:, 0], hits.any(1)], dim=1).double()
-    runtime.processes.sum(figures)
+    runtime.processes.all_reduce_sum(figures)
     per_image, top1, top5 = figures.cpu().unbind(1)
     return {
         "top1": 100 * top1.mean().item(),

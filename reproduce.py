@@ -110,7 +110,7 @@ def run_once(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> None:
     """
     title, processes = f"{recipe.job}, seed {setup.seed}", setup.runtime.processes
     # Asked and answered by the main process for all: it is the one that changes what is on the disk.
-    if processes.from_main(processes.main and is_finished(recipe, setup, teacher)):
+    if processes.broadcast(processes.main and is_finished(recipe, setup, teacher)):
         say(f"{title}: finished already")
         return
     say(f"{title}: {recipe.epochs} epochs")

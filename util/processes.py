@@ -54,7 +54,7 @@ class Processes:
     def main(self) -> bool:
         return self.rank == 0
 
-    def sum(self, tensor: torch.Tensor) -> None:
+    def all_reduce_sum(self, tensor: torch.Tensor) -> None:
         """Replace the tensor by the sum over the processes."""
         if self.size > 1:
             with _losing():
@@ -77,11 +77,11 @@ class Processes:
     def _sum_together(self, tensors: list[torch.Tensor], weight: float) -> None:
         """The weighted sum over the processes, in place, in one message."""
         flat = torch.cat([tensor.flatten() for tensor in tensors]).mul_(weight)
-        self.sum(flat)
+        self.all_reduce_sum(flat)
         parts = flat.split([tensor.numel() for tensor in tensors])
         torch._foreach_copy_(tensors, [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)])
 
-    def from_main(self, number: int) -> int:
+    def broadcast(self, number: int) -> int:
         """The number that the main process gives."""
         told = torch.tensor(number)
         if self.size > 1:
@@ -89,7 +89,7 @@ class Processes:
                 dist.broadcast(told, 0)
         return int(told)
 
-    def highest(self, number: int) -> int:
+    def all_reduce_max(self, number: int) -> int:
         """The highest of the processes' numbers."""
         given = torch.tensor(number)
         if self.size > 1:
@@ -97,8 +97,8 @@ class Processes:
                 dist.all_reduce(given, dist.ReduceOp.MAX)
         return int(given)
 
-    def highest_before(self, number: int) -> int:
-        """`highest` of the call before this one, 0 at the first: nobody waits, as it travelled meanwhile."""
+    def previous_all_reduce_max(self, number: int) -> int:
+        """The `all_reduce_max` of the call before this one, 0 at the first: it travelled meanwhile, so nobody waits."""
         if self.size == 1:
             return number
         with _losing():
@@ -111,18 +111,18 @@ class Processes:
             self._asked = given, dist.all_reduce(given, dist.ReduceOp.MAX, async_op=True)
         return before
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Go on when all have come here."""
-        self.highest(0)
+        self.all_reduce_max(0)
 
     @contextmanager
     def first_on_its_machine(self) -> Iterator[None]:
         """Let the first process of each machine do it (fetch, decode, compute), then the others (find it there)."""
         if local_rank() > 0:
-            self.wait()
+            self.barrier()
         yield
         if local_rank() == 0:
-            self.wait()
+            self.barrier()
 
 
 @contextmanager

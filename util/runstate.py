@@ -101,7 +101,7 @@ class Keeper:
         """
         if self.processes.main:
             self._prepare(mode)
-        self.processes.wait()
+        self.processes.barrier()
         if self.path.exists():
             self.state = load(self.path)
             refuse_difference(self.state["identity"], self.identity, self.path, "start over with --overwrite")
@@ -129,7 +129,7 @@ class Keeper:
         if self.path is None:
             return False
         wish = self.heard or (SAVE if time.monotonic() - self.saved > EVERY else 0)
-        agreed = self.processes.highest_before(wish)
+        agreed = self.processes.previous_all_reduce_max(wish)
         self.stop = agreed if agreed > SAVE else 0
         return agreed > 0
 
@@ -148,7 +148,7 @@ class Keeper:
             self._written = self._writer.submit(save, state, self.path)
         if self.stop:
             self._finish_writing()
-            self.processes.wait()
+            self.processes.barrier()
             raise Stopped(self.stop, self.path)
 
     def _finish_writing(self) -> None:
@@ -166,7 +166,7 @@ class Keeper:
         if self.processes.main:
             self._finish_writing()
             self._remove()
-        self.processes.wait()
+        self.processes.barrier()
 
     def _remove(self) -> None:
         for path in (self.path, previous(self.path)):
@@ -204,7 +204,7 @@ class Keeper:
         before = {number: signal.signal(number, hear) for number in SIGNALS}
         try:
             yield
-            if stop := self.processes.highest(self.heard):
+            if stop := self.processes.all_reduce_max(self.heard):
                 raise Stopped(stop, self.path)
         finally:
             for number, handler in before.items():
