@@ -98,7 +98,10 @@ class Processes:
         return int(given)
 
     def previous_all_reduce_max(self, number: int) -> int:
-        """The `all_reduce_max` of the call before this one, 0 at the first: it travelled meanwhile, so nobody waits."""
+        """The `all_reduce_max` of the call before this one, 0 at the first: it travelled meanwhile, so nobody waits.
+
+        Alone, a process has its own number at once.
+        """
         if self.size == 1:
             return number
         with _losing():
