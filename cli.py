@@ -105,21 +105,15 @@ def add_data_flags(parser: Parser) -> None:
         "--checkpoint_dir", type=path, help="default: ./checkpoints for cifar100, ./checkpoints/<dataset> else"
     )
     group = parser.add_argument_group("hardware")
-    group.add_argument("--device", type=device, default="auto", help="auto (default), cpu, cuda, or cuda:N")
+    group.add_argument(
+        "--device", type=runtime.device_name, default="auto", help="auto (default), cpu, cuda, or cuda:N"
+    )
     group.add_argument(
         "--precision",
         choices=["auto", "fp32", "bf16"],
         default="auto",
         help="of training; auto: bf16 where the hardware computes in it. A test is fp32 unless told bf16",
     )
-
-
-def device(text: str) -> str:
-    """An argparse type: the name of a device."""
-    try:
-        return runtime.device_name(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(error) from None
 
 
 def add_results_flag(parser: Parser) -> None:
@@ -311,7 +305,8 @@ def run(main: Callable[[], None], go_on: str = "") -> NoReturn:
     code = 0
     name = Path(sys.argv[0]).name
     try:
-        main()
+        with runtime.lasting_output():
+            main()
         processes.leave()
     except UserError as error:
         code = 2

@@ -14,7 +14,7 @@ from data import Batch, Batches
 from models import CifarResNet, Outputs, folded
 from util.processes import Processes
 from util.runstate import Keeper, State
-from util.runtime import Diverged, Runtime, Terminal
+from util.runtime import Diverged, Runtime
 
 TEST_LOSS_BATCH = 256  # Test Loss is defined over batches of this many images
 
@@ -106,9 +106,7 @@ def fit(
 def _bar(name: str, batches: Batches, iteration: int, processes: Processes) -> tqdm:
     """A bar with images/s, on a terminal only."""
     done, hidden = iteration * batches.batch_size, None if processes.main else True
-    return tqdm(
-        total=batches.n_images, initial=done, desc=name, unit="img", leave=False, disable=hidden, file=Terminal()
-    )
+    return tqdm(total=batches.n_images, initial=done, desc=name, unit="img", leave=False, disable=hidden)
 
 
 @dataclass

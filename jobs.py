@@ -24,7 +24,7 @@ from teacher import Normalisation, Teacher
 from util.convolution import Conv3x3
 from util.files import ensure_writable, remove_leftovers, replacing, sha256
 from util.runstate import Keeper, differences, refuse_difference
-from util.runtime import Diverged, Runtime, UserError, compiled, inference_batch, say, show
+from util.runtime import Diverged, Runtime, UserError, compiled, inference_batch, say
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def train(recipe: Recipe, setup: Setup, teacher: Teacher | None = None) -> None:
             say(f"{there.result.stem}: finished already, see {there.result}; --overwrite trains it anew")
             print_figures(done.test)
             return
-        keeper.begin(setup.mode, may_grow=() if isinstance(recipe.alpha, str) else ("recipe.epochs",))
+        _begin(keeper, setup.mode, recipe)
         try:
             network = _trained(recipe, setup, teacher, keeper, shorter)
             figures = evaluate(network, setup.dataset, plain(setup.runtime))
@@ -170,13 +170,18 @@ def train(recipe: Recipe, setup: Setup, teacher: Teacher | None = None) -> None:
             keeper.finish()  # such a run can't go on
             raise
         print_figures(figures)
-        if processes.main:
-            try:
+        with keeper.finishing():
+            if processes.main:
                 checkpoint.save(network, there.checkpoint, about(recipe, setup, run))
                 _write_result(_result(recipe, setup, teacher, run, keeper.figures, figures), there)
-            except UserError as error:
-                raise UserError(f"{error}. The training is not lost: mend that, and go on with --resume") from None
-        keeper.finish()
+
+
+def _begin(keeper: Keeper, mode: str, recipe: Recipe) -> None:
+    """Go on from the run's state, where it is of this run, or of fewer epochs: with a constant alpha that is this run."""
+    keeper.begin(mode, may_differ=() if isinstance(recipe.alpha, str) else ("recipe.epochs",))
+    if keeper.state and (there := keeper.state["identity"]["recipe"]["epochs"]) > recipe.epochs:
+        found = f"recipe.epochs: {there} there, {recipe.epochs} now"
+        raise UserError(f"{keeper.path} comes from other settings ({found}); give the same, or --overwrite")
 
 
 def _write_result(result: Result, there: Paths) -> None:
@@ -278,7 +283,7 @@ def _trained(
             start=len(shorter.epochs) if shorter else 0,
         ):
             loss = figures["train_loss_over_batches"]
-            show(f"Epoch [{figures['epoch']}/{recipe.epochs}], Train Loss: {loss:.8f}")
+            print(f"Epoch [{figures['epoch']}/{recipe.epochs}], Train Loss: {loss:.8f}", flush=True)
             say(epoch_line(figures, recipe.epochs, len(dataset.train.labels)))
     return network
 
@@ -365,11 +370,11 @@ def test(trained: Trained, dataset: Dataset, runtime: Runtime) -> engine.Figures
 
 def print_figures(figures: engine.Figures) -> None:
     """The lines of a test."""
-    show(
+    print(
         f"Test Loss: {figures['test_loss']:.8f}, Top-1 test Accuracy: {figures['top1']:.8f}%, "
         f"Top-5 test Accuracy: {figures['top5']:.8f}%"
     )
-    show(f"Mean test cross-entropy: {figures['mean_ce']:.8f}")
+    print(f"Mean test cross-entropy: {figures['mean_ce']:.8f}", flush=True)
 
 
 def evaluate(
@@ -399,13 +404,13 @@ def load(recipe: Recipe, path: Path, dataset: str = "cifar100") -> Trained:
     script = "train_distillation.py" if recipe.distils else "train.py"
     flags = "" if dataset == "cifar100" else f" --dataset {dataset}"
     hint = f"make it with: python {script} --model_job {recipe.job}{flags}"
-    state, about = checkpoint.read(path, hint)
+    state, about = checkpoint.read(path, hint, recipe.network)
     holds = checkpoint.describe(state)
     classes = len(about["classes"]) if about else holds.classes
     if classes is None:
         raise UserError(f"{path} holds a {holds.title}, and says nothing of its classes")
-    network = models.build(recipe.network, classes, holds.stem)
-    checkpoint.fit_into(network, recipe.network, state, path)
+    network = models.build(recipe.network, classes, holds.stem or "small")
+    checkpoint.load(network, recipe.network, path, hint)
     return Trained(network, about)
 
 
@@ -433,7 +438,7 @@ def make_teacher(trained: Trained, path: Path, setup: Setup, cache: bool, rows: 
         own, size = trained.about["image_size"], dataset.image_size
         say(f"the teacher was trained on images of {own}x{own} pixels and is shown images of {size}x{size}")
     top1 = evaluate(trained.network, dataset, plain(setup.runtime), trained.normalisation)["top1"]
-    show(f"Teacher Top-1: {top1:.8f}%")
+    print(f"Teacher Top-1: {top1:.8f}%", flush=True)
     return Teacher(
         trained.network,
         setup.runtime,

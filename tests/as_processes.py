@@ -48,7 +48,7 @@ def die() -> None:
 
     def save_and_wait(self, state):
         save(self, state)
-        self._finish_writing()
+        self._failed()
 
     runstate.Keeper.save = save_and_wait
 

@@ -140,7 +140,7 @@ def test_a_users_mistake_is_one_line(torchrun, small, tmp_path):
 class One(Processes):
     """One of several, without the others."""
 
-    def sum(self, tensor):
+    def all_reduce_sum(self, tensor):
         pass
 
 
@@ -154,7 +154,7 @@ def parts(digits, size, n=50, batch_size=16, **options):
 class Sent(One):
     """Remembers what it would send to the others."""
 
-    def sum(self, tensor):
+    def all_reduce_sum(self, tensor):
         self.sent = tensor.clone()
 
 

@@ -13,7 +13,7 @@ class Conv3x3(nn.Conv2d):
     """An nn.Conv2d(kernel_size=3, padding=1, bias=False) that trains faster over small maps, on a CPU in bf16.
 
     The output and the gradients are nn.Conv2d's, up to rounding. Elsewhere (other devices and precisions, larger maps,
-    inference) it is nn.Conv2d itself.
+    inference, with a bias) it is nn.Conv2d itself.
     """
 
     @classmethod
@@ -33,8 +33,8 @@ class Conv3x3(nn.Conv2d):
         pixels = -(-x.shape[2] // self.stride[0]) * -(-x.shape[3] // self.stride[0])
         in_bf16 = x.device.type == "cpu" and x.dtype == torch.bfloat16 and torch.is_autocast_enabled("cpu")
         trains = self.weight.requires_grad and torch.is_grad_enabled()
-        # A copy whose batch norm was folded into it has a bias, which the function below would drop.
-        return in_bf16 and trains and self.bias is None and pixels <= PIXELS and self.out_channels >= CHANNELS
+        # Its bias is None when a convolution is made one of these; folding a batch norm into it gives it one.
+        return self.bias is None and in_bf16 and trains and pixels <= PIXELS and self.out_channels >= CHANNELS
 
 
 def _fits(conv: nn.Conv2d) -> bool:

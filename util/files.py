@@ -1,14 +1,16 @@
 """Files, written so that only whole ones take the place of others."""
 
-import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,31 +21,82 @@ try:
 except ImportError:  # Windows: no locks
     fcntl = None
 
+NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # as network and FUSE file systems say it
+HELD = {errno.EACCES, errno.EAGAIN}  # another process has the lock, as systems say it
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+UMASK = _umask()  # asked for once, as while it is asked for it is another one, for other threads, too
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Open a file to write that takes `path`'s place only once it is whole and on the disk; until then, `path` stays.
 
-    Raises UserError where the disk is full or the folder can't be written. What only makes it last through a power cut,
-    or sets its mode, is done where the file system can.
+    A folder that is gone is made anew. Where the file system can't sync or can't change a mode, the file is written all
+    the same; it may then not outlive a power cut.
+    Raises UserError where the disk is full or the folder can't be written.
     """
     temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         with os.fdopen(handle, "wb") as file:
             yield file
-            file.flush()
-            _sync(file.fileno())
-        with contextlib.suppress(OSError):  # a file system of no modes, or of another owner's
-            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are for their owner alone
+            sync(file)
+        with suppress(OSError):  # exFAT and CIFS have no modes
+            os.chmod(temporary, 0o666 & ~UMASK)  # mkstemp's files are for their owner alone
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; what was there is as it was") from error
+        _remove(temporary)  # before the free space is looked at
+        reason = f"cannot write {path}: {_why(error, path.parent)}"
+        raise UserError(f"{reason}; what was there is as it was") from error
     finally:
-        if temporary:
-            with contextlib.suppress(OSError):  # moved to its place; or its folder is gone
-                os.unlink(temporary)
+        _remove(temporary)
+
+
+def sync(file: BinaryIO) -> None:
+    """Bring what was written to the disk, where the file system can. Raises OSError where the disk can't take it."""
+    file.flush()
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in the folder last through a power cut, where the system can: the file is in its place already."""
+    if os.name == "posix":
+        with suppress(OSError):
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+
+def _remove(temporary: str | None) -> None:
+    if temporary:
+        with suppress(OSError):  # renamed already, or the folder is gone or read-only now
+            os.unlink(temporary)
+
+
+def _why(error: OSError, folder: Path) -> str:
+    """The error in words, and what the user needs to know besides."""
+    reason = error.strerror or str(error)
+    if error.errno == errno.ENOSPC:
+        with suppress(OSError):
+            reason += f" ({shutil.disk_usage(folder).free / 1e6:.1f} MB are free)"
+    if os.name == "nt" and isinstance(error, PermissionError):
+        reason += " (does another program have it open?)"
+    return reason
 
 
 @contextmanager
@@ -55,82 +108,78 @@ def replacing_all(paths: list[Path]) -> Iterator[list[BinaryIO]]:
 
 def remove_leftovers(path: Path) -> None:
     """Remove what `replacing` could not, as its process was killed; only for who knows that no other writes `path`."""
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        leftover.unlink(missing_ok=True)
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        _remove(leftover)
 
 
 class Locked(Exception):
     """Another process holds the lock; says which."""
 
 
+# Not by the filelock package, though it is there, as torch needs it: what it does depends much on its version. On Unix
+# its lock is flock's, which a forked process that outlives its parent may keep; the file doesn't say who holds it, and
+# some versions empty it when another process only asks. Where flock answers ENOSYS, it makes a file whose mere presence
+# locks, which stays after a `kill -9`, or raises; where it answers ENOLCK, as NFS does, it always raises.
 @contextmanager
 def locked(path: Path, wait: bool = False) -> Iterator[None]:
     """Hold the lock that this file is. It goes with its process, however that ends.
 
-    wait: for whoever holds it; else Locked is raised. Raises UserError where the file can't be written.
+    wait: for whoever holds it; else Locked is raised. Where there are no locks, it goes on without, and says so once.
+    Raises UserError where the file can't be written.
     """
-    if fcntl is None:
+    handle = _lock(path, wait)
+    if handle is None:
         yield
         return
-    handle = _lock(path, wait)
     try:
-        os.truncate(handle, 0)
-        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        with suppress(OSError):  # a full disk: the lock holds without the name, too
+            os.truncate(handle, 0)
+            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
     finally:
-        with contextlib.suppress(OSError):  # its folder is gone, or read-only by now
-            path.unlink(missing_ok=True)  # before letting go of it: see _lock
+        _remove(path)  # before letting go of it: see _lock
         os.close(handle)
 
 
-def _lock(path: Path, wait: bool) -> int:
-    """The lock's file, open and locked."""
-    while True:
+def _lock(path: Path, wait: bool) -> int | None:
+    """The lock's file, open and locked; None where there are no locks."""
+    if fcntl is None:
+        _say_unlocked("this system has none that are known here")
+        return None
+    for _ in range(100):  # it would never end where a file system gives a file a new number at each look
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from error
+            raise UserError(f"cannot write {path}: {_why(error, path.parent)}") from error
         try:
             # lockf, as its locks, unlike those of flock, are not kept alive by worker processes that outlive this one.
-            # (So not the package filelock: it uses flock, and where that is missing a file that a killed process
-            # leaves behind as a lock for ever.)
             fcntl.lockf(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+            if _is_at(path, handle):
                 return handle
-        except (BlockingIOError, PermissionError):  # as the system says it
-            holder = os.read(handle, 200).decode(errors="replace")
-            os.close(handle)
-            raise Locked(holder or "another process") from None
-        except OSError as error:  # ENOLCK, ENOSYS and others of network and user-space file systems
-            say(f"going on without a lock: {path.parent} has none ({error.strerror}); start no second run of this one")
-            return handle
-        os.close(handle)  # its holder removed it meanwhile: it locks nothing any more
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in the folder last through a power cut, where that can be had."""
-    if os.name == "posix":
-        with contextlib.suppress(OSError):  # network and user-space file systems may not open, or sync, a folder
-            handle = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
+        except OSError as error:
+            if error.errno in HELD:
+                holder = os.read(handle, 200).decode(errors="replace")
                 os.close(handle)
+                raise Locked(holder or "another process") from None
+            os.close(handle)
+            _remove(path)
+            _say_unlocked(error.strerror or str(error))
+            return None
+        os.close(handle)  # its holder removed it meanwhile: it locks nothing any more
+    _say_unlocked("a file is never the same twice")
+    return None
 
 
-def _sync(handle: int) -> None:
-    """fsync, where the file system has it; a full disk is still told of."""
+def _is_at(path: Path, handle: int) -> bool:
     try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-            raise
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except OSError:  # removed
+        return False
+
+
+@cache  # once
+def _say_unlocked(reason: str) -> None:
+    say(f"no file locks here ({reason}): going on without; take care that no two runs make the same checkpoint")
 
 
 def ensure_writable(folder: Path, flag: str) -> None:
@@ -140,7 +189,7 @@ def ensure_writable(folder: Path, flag: str) -> None:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"0")
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another {flag}") from error
+        raise UserError(f"cannot write to {folder}: {_why(error, folder)}; choose another {flag}") from error
 
 
 def write_json(value: dict, path: Path) -> None:

@@ -97,8 +97,11 @@ class Processes:
                 dist.all_reduce(given, dist.ReduceOp.MAX)
         return int(given)
 
-    def last_all_reduce_max(self, number: int) -> int:
-        """`all_reduce_max` of the call before this one, 0 at the first: nobody waits, as it travelled meanwhile."""
+    def previous_all_reduce_max(self, number: int) -> int:
+        """The `all_reduce_max` of the call before this one, 0 at the first: it travelled meanwhile, so nobody waits.
+
+        Alone, a process has its own number at once.
+        """
         if self.size == 1:
             return number
         with _losing():

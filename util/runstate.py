@@ -1,7 +1,8 @@
 """The state of a run on the disk, so that a run that dies goes on: exactly where it was, mid-epoch too.
 
 A state is kept beside the checkpoint that the run will make (`resnet18.state`, and `resnet18.state.previous`, the one
-before), at every epoch, at least every five minutes, and when a signal asks to stop. It goes when the run is finished.
+before), at every epoch, at least every five minutes, and when a signal asks to stop. It goes when the run is finished
+and all its files are written.
 """
 
 import contextlib
@@ -10,8 +11,9 @@ import io
 import os
 import pickle
 import signal
+import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,11 +27,11 @@ from util.runtime import Stopped, UserError, say
 MAGIC = b"run state 2\n"
 DIGEST = 64  # hex digits of a SHA-256
 EVERY = 300  # seconds
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 ONE_WISH = 1.0  # seconds within which a second signal is the first once more: from the terminal, and from torchrun
-SAVE = 1  # what a process wishes besides a signal's number, which are higher for all of SIGNALS
+SAVE = 1  # a process's wish to save; to stop, it wishes that and the signal's number together
 
-State = dict[str, Any]
+State = dict[str, Any]  # of a run: nested dicts of tensors and plain values
 
 
 def save(state: State, path: Path) -> None:
@@ -43,8 +45,7 @@ def save(state: State, path: Path) -> None:
     with files.replacing(path) as file:
         file.write(_head(payload))
         file.write(payload)
-        file.flush()
-        os.fsync(file.fileno())
+        files.sync(file)
         if path.exists():
             os.replace(path, previous(path))
 
@@ -81,11 +82,19 @@ class Keeper:
     """Keeps the state of one run: its lock, its file, and the signals that ask to stop.
 
     path: of the state; None keeps nothing. identity: what the run is, nested dicts of plain values; a state of another
-    identity is refused. figures: of the epochs that are done. Of several processes the main one writes.
+    identity is refused, in the user's words for its keys, see refuse_difference. figures: of the epochs that are done.
+    Of several processes the main one writes.
     """
 
-    def __init__(self, path: Path | None = None, identity: State | None = None, processes: Processes | None = None):
+    def __init__(
+        self,
+        path: Path | None = None,
+        identity: State | None = None,
+        processes: Processes | None = None,
+        words: Mapping[str, str] | None = None,
+    ):
         self.path, self.identity, self.processes = path, identity, processes or Processes()
+        self.words = words or {}
         self.state: State | None = None
         self.figures: list[dict[str, float]] = []
         self.heard, self.heard_at = 0, 0.0  # the signal that came to this process, and when
@@ -93,22 +102,24 @@ class Keeper:
         self.saved = time.monotonic()
         self._writer = ThreadPoolExecutor(1)
         self._written: Future | None = None
+        self._last: State | None = None  # the state that is being written, or could not be
 
-    def begin(self, mode: str, may_grow: tuple[str, ...] = ()) -> None:
+    def begin(self, mode: str, may_differ: Collection[str] = ()) -> None:
         """mode: "new" refuses where a state is there, "resume" takes it where there is one, "overwrite" removes it.
 
-        may_grow: settings that may be higher now than in the state. Raises UserError for a state that is damaged, of
-        other settings, or in the way.
+        may_differ: keys of the identity, nested ones with dots ("recipe.epochs"), in which the state may be another's.
+        Raises UserError for a state that is damaged, of other settings, or in the way.
         """
         if self.processes.main:
-            self._prepare(mode)
+            try:
+                self._prepare(mode)
+            except OSError as error:
+                raise UserError(f"cannot change {self.path}: {error.strerror or error}") from error
         self.processes.barrier()
         if self.path.exists():
             self.state = load(self.path)
-            there = self.state["identity"]
-            found = differences(there, self.identity)
-            grown = [key for key in may_grow if key in found and found[key][0] < found[key][1]]
-            refuse_difference(there, self.identity, self.path, "start over with --overwrite", grown)
+            advice = "give the same, or start over with --overwrite"
+            refuse_difference(self.state["identity"], self.identity, self.path, advice, self.words, may_differ)
             self.figures = self.state["figures"]
 
     def _prepare(self, mode: str) -> None:
@@ -132,44 +143,72 @@ class Keeper:
         """
         if self.path is None:
             return False
-        wish = self.heard or (SAVE if time.monotonic() - self.saved > EVERY else 0)
-        agreed = self.processes.last_all_reduce_max(wish)
-        self.stop = agreed if agreed > SAVE else 0
+        wish = SAVE + self.heard if self.heard or time.monotonic() - self.saved > EVERY else 0
+        agreed = self.processes.previous_all_reduce_max(wish)
+        self.stop = max(0, agreed - SAVE)
         return agreed > 0
 
     def save(self, state: State) -> None:
         """Save the state, tensors and plain types that nobody changes any more, while the run goes on.
 
         Raises Stopped, once it is saved, where a signal asked to stop. A full disk costs a line on stderr, not the run;
-        only where it is to stop, UserError is raised.
+        only where it is to stop, UserError is raised, which says where the state is instead.
         """
         if self.path is None:
             return
         self.saved = time.monotonic()
         if self.processes.main:
-            self._finish_writing()
-            state = {**state, "identity": self.identity, "figures": list(self.figures)}
-            self._written = self._writer.submit(save, state, self.path)
+            if failed := self._failed():
+                say(f"going on, but the run's state is not saved: {failed}")
+            self._last = {**state, "identity": self.identity, "figures": list(self.figures)}
+            self._written = self._writer.submit(save, self._last, self.path)
         if self.stop:
-            self._finish_writing()
+            if failed := self._failed():
+                raise UserError(f"{failed}; {self._rescued()}")
             self.processes.barrier()
             raise Stopped(self.stop, self.path)
 
-    def _finish_writing(self) -> None:
+    def _failed(self) -> Exception | None:
+        """Wait until the last state is written; give what kept it from being so."""
+        failed = self._written and self._written.exception()
+        if failed is None:
+            self._written = self._last = None
+        elif not isinstance(failed, UserError | MemoryError):
+            raise failed
+        return failed
+
+    def _rescued(self) -> str:
+        """Save, as a last resort, where there may be room, the state that could not be at its place; say where."""
         try:
-            if self._written:
-                self._written.result()
+            path = Path(tempfile.mkdtemp(prefix="run-"), self.path.name)
+            save(self._last, path)
+        except (OSError, UserError):
+            return "its state can't be saved elsewhere either; make room, and go on from the last state with --resume"
+        return f"its state is in {path}: make room, mv {path} {self.path}, and go on with --resume"
+
+    @contextlib.contextmanager
+    def finishing(self) -> Iterator[None]:
+        """Within it the files of a run are written whose training is done, and which is finished with it.
+
+        Where one can't be written, the state stays, and the UserError says how to go on: nothing is trained once more.
+        """
+        try:
+            yield
         except UserError as error:
-            if self.stop:
+            if not self.processes.main:
                 raise
-            say(f"going on, but the run's state is not saved: {error}")
-        self._written = None
+            kept = "the training is kept: put that right, and go on with --resume"
+            raise UserError(f"{error}; {self._rescued() if self._failed() else kept}") from error
+        self.finish()
 
     def finish(self) -> None:
         """Remove the state: the run is finished."""
         if self.processes.main:
-            self._finish_writing()
-            self._remove()
+            self._failed()  # which does not matter any more
+            try:
+                self._remove()
+            except OSError as error:  # it is finished all the same
+                say(f"{self.path}, the state of this finished run, can't be removed: {error.strerror or error}")
         self.processes.barrier()
 
     def _remove(self) -> None:
@@ -193,20 +232,23 @@ class Keeper:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Take SIGTERM, SIGINT, SIGHUP and SIGUSR1 as the wish to save the state and stop; a second one stops at once.
+        """Take each of SIGNALS as the wish to save the state and stop; a second one stops at once.
 
-        Raises Stopped where one came too late for a step to follow it.
+        SIGHUP comes when the terminal hangs up, often twice, and is never the second; started with nohup, a run is not
+        to hear it. Raises Stopped where a signal came too late for a step to follow it.
         """
 
         def hear(number: int, frame: object) -> None:
-            if self.heard and time.monotonic() - self.heard_at > ONE_WISH:
+            again = self.heard and time.monotonic() - self.heard_at > ONE_WISH
+            if again and number != getattr(signal, "SIGHUP", None):
                 raise KeyboardInterrupt
             if not self.heard and local_rank() == 0:
-                with contextlib.suppress(OSError):  # a terminal that has hung up
+                with contextlib.suppress(OSError):  # the terminal may be gone
                     os.write(2, b"\nstopping after this batch; once more to stop at once\n")  # print may be interrupted
             self.heard, self.heard_at = number, time.monotonic()
 
-        before = {number: signal.signal(number, hear) for number in SIGNALS}
+        heeded = [number for number in SIGNALS if not _under_nohup(number)]
+        before = {number: signal.signal(number, hear) for number in heeded}
         try:
             yield
             if stop := self.processes.all_reduce_max(self.heard):
@@ -216,18 +258,35 @@ class Keeper:
                 signal.signal(number, handler)
 
 
-def refuse_difference(there: State, now: State, path: Path, advice: str, but: Iterable[str] = ()) -> None:
-    """Raise UserError, naming the setting, where two identities differ, but in settings that may."""
-    for key, (found, value) in differences(there, now).items():
-        if key in but:
-            continue
-        raise UserError(f"{path} comes from other settings ({key}: {found} there, {value} now); {advice}")
+def _under_nohup(number: int) -> bool:
+    return number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) is signal.SIG_IGN
 
 
 def differences(there: State, now: State) -> dict[str, tuple[Any, Any]]:
-    """The settings of `now` that `there` has not, or has otherwise: by name, there and now."""
-    flat_there, flat_now = flat(there), flat(now)
-    return {key: (flat_there.get(key), value) for key, value in flat_now.items() if flat_there.get(key) != value}
+    """The keys of `now`, nested ones with dots, whose values are others in `there`, with both values, that there first.
+
+    What `there` holds besides does not count.
+    """
+    flat_there = flat(there)
+    return {key: (flat_there.get(key), value) for key, value in flat(now).items() if flat_there.get(key) != value}
+
+
+def refuse_difference(
+    there: State,
+    now: State,
+    path: Path,
+    advice: str,
+    words: Mapping[str, str] | None = None,
+    may_differ: Collection[str] = (),
+) -> None:
+    """Raise UserError, naming a setting, where two identities differ, but for the keys that may.
+
+    words: for keys, nested ones with dots, what the user calls them, such as the flags that set them.
+    """
+    for key, (before, after) in differences(there, now).items():
+        if key not in may_differ:
+            found = f"{(words or {}).get(key, key)}: {before} there, {after} now"
+            raise UserError(f"{path} comes from other settings ({found}); {advice}")
 
 
 def flat(tree: State, prefix: str = "") -> State:

@@ -1,14 +1,16 @@
-"""What a run runs on: device, precision, processes; and the exceptions that end a script with one line."""
+"""What a run runs on: device, precision, processes; what it says; and the exceptions that end it with one line."""
 
-import contextlib
+import argparse
 import ctypes
 import os
 import platform
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -51,16 +53,25 @@ class Runtime:
         return f"{_cpu_name()}, {torch.get_num_threads()} threads"
 
 
-def choose(device: str = "auto", precision: str = "auto") -> Runtime:
-    """The runtime for --device auto|cpu|cuda|cuda:N and --precision auto|fp32|bf16.
+def device_name(text: str) -> str:
+    """An argparse type, for --device: "auto", "cpu", "cuda" or "cuda:N". Whether it is there is `choose`'s question."""
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", text):
+        shown = text if len(text) <= 40 else f"{text[:37]}..."
+        raise argparse.ArgumentTypeError(f"{shown} is not auto, cpu, cuda or cuda:N (N is a GPU's number, from 0)")
+    return text
 
-    auto takes CUDA where there is one, and bf16 where the hardware computes in it. What is in float32 is plain float32,
+
+def choose(device: str = "auto", precision: str = "auto") -> Runtime:
+    """The runtime for --device, see `device_name`, and --precision auto|fp32|bf16.
+
+    auto takes CUDA where there is one, and bf16 where the device computes in it. What is in float32 is plain float32,
     never TF32. Under torchrun each process of a machine takes a GPU of its own. Raises UserError for cuda where there
     is none, or none left.
     """
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    wants_cuda = device.startswith("cuda")
+    if wants_cuda and not torch.cuda.is_available():
         raise UserError(f"--device {device}: no CUDA device is available here; use --device cpu, or auto")
-    chosen = _gpu(device) if device != "cpu" and torch.cuda.is_available() else torch.device("cpu")
+    chosen = _gpu(device) if wants_cuda or (device == "auto" and torch.cuda.is_available()) else torch.device("cpu")
     if precision == "auto":
         precision = "bf16" if _computes_in_bf16(chosen) else "fp32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -84,60 +95,90 @@ def keep_freed_memory() -> None:
         mallopt(mmap_threshold, 2**31 - 1)
 
 
-def device_name(text: str) -> str:
-    """The name of a device, in the form of --device. Raises ValueError, which says what there is."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", text):
-        raise ValueError(f"{text} is no device; there are auto, cpu, cuda, and cuda:N for the GPU of number N")
-    return text
-
-
-def _gpu(name: str) -> torch.device:
-    """This process's GPU, with its number, so that it equals the device of the tensors on it."""
-    asked, there = name.partition(":")[2], torch.cuda.device_count()
-    if asked and processes.local_size() > 1:
-        raise UserError(f"--device {name}: under torchrun each process takes a GPU of its own; use --device cuda")
-    number = int(asked) if asked else processes.local_rank()
-    if asked and number >= there:
-        raise UserError(f"--device {name}: there are {there} GPUs here, cuda:0 to cuda:{there - 1}")
-    if number >= there:
+def _gpu(device: str) -> torch.device:
+    """The GPU that --device names, else this process's; with its number, so that it equals its tensors' device."""
+    number, there = processes.local_rank(), torch.cuda.device_count()
+    if device.startswith("cuda:"):
+        number = int(device.removeprefix("cuda:"))
+        if processes.local_size() > 1:
+            raise UserError(f"--device {device}: under torchrun each process has a GPU of its own; use --device cuda")
+        if number >= there:
+            names = "only cuda:0" if there == 1 else f"cuda:0 to cuda:{there - 1}"
+            raise UserError(f"--device {device}: there {'is' if there == 1 else 'are'} {names} ({there} in all)")
+    elif number >= there:
         raise UserError(f"--nproc_per_node is {processes.local_size()}, but there are {there} GPUs; start one for each")
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
 
 
 def say(message: str) -> None:
-    """A line to the user, on stderr; of several processes on a machine only the first speaks."""
-    if processes.local_rank() == 0:
-        with contextlib.suppress(OSError, ValueError):  # a terminal that is gone is no reason to lose a run
+    """A line to the user, on stderr, where there still is one; of several processes on a machine the first speaks."""
+    if processes.local_rank() == 0 and sys.stderr:
+        try:
             print(message, file=sys.stderr, flush=True)
+        except (OSError, ValueError):  # the terminal hung up; closed
+            _silence(sys.stderr)
 
 
-def show(line: str) -> None:
-    """A line of figures, on stdout. Who closed it (head, a terminal that is gone) misses the rest; the run goes on."""
+@contextmanager
+def lasting_output() -> Iterator[None]:
+    """Let the script go on where its stdout or stderr goes away: `| head`, a terminal that hangs up, a full disk.
+
+    What it makes is in files: for the sake of a line nobody reads, no work is lost. When stdout goes, stderr says so.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets that number, which else the next file would, and be written to
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (_Lasting(stream or open(os.devnull, "w")) for stream in before)  # noqa: SIM115
     try:
-        print(line, flush=True)
-    except OSError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())  # what is in its buffer would fail again when Python ends
-        os.close(nowhere)
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stdout, sys.stderr = before
 
 
-class Terminal:
-    """stderr for a bar: one that goes on where its terminal is gone."""
+class _Lasting:
+    """A stream like the one it is made from, which falls silent where that one can't be written any more."""
 
-    def write(self, text: str) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            sys.stderr.write(text)
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._end(error)
+            return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            sys.stderr.flush()
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._end(error)
+
+    def _end(self, error: OSError) -> None:
+        _silence(self._stream)
+        if self is sys.stdout:
+            say(f"stdout is gone ({error.strerror or error}): going on without it")
 
     def __getattr__(self, name: str) -> object:
-        return getattr(sys.stderr, name)
+        return getattr(self._stream, name)
 
 
-def compiled(network: torch.nn.Module, shape: tuple[int, ...], runtime: Runtime) -> Callable[[torch.Tensor], object]:
+def _silence(stream: TextIO) -> None:
+    """Send what is still in the stream's buffer, and all that is yet to come, nowhere."""
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+    except (OSError, ValueError):  # no file below it, or a closed one
+        pass
+
+
+def compiled(network: torch.nn.Module, shape: tuple[int, ...], runtime: Runtime) -> Callable[[torch.Tensor], tuple]:
     """The network compiled for images of that shape, channels last; images of another shape go to the network itself.
 
     Tried out here, on images of zeros, that nothing may fail later; where it fails, a line on stderr and the network.
@@ -147,7 +188,7 @@ def compiled(network: torch.nn.Module, shape: tuple[int, ...], runtime: Runtime)
     try:
         with runtime.autocast():
             images = torch.zeros(shape, device=runtime.device).to(memory_format=torch.channels_last)
-            fast(images)[0].sum().backward()  # of the first of its outputs, whatever that is
+            fast(images)[0].sum().backward()  # to try the backward pass any output will do: the first is always there
     except Exception as error:  # a compiler can fail in any way
         reason = str(error).strip().partition("\n")[0]
         say(f"torch.compile failed ({type(error).__name__}: {reason}); going on without it")
