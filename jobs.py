@@ -177,7 +177,7 @@ def train(recipe: Recipe, setup: Setup, teacher: Teacher | None = None) -> None:
 
 
 def _begin(keeper: Keeper, mode: str, recipe: Recipe) -> None:
-    """Go on from the run's state, where it is of this run, or of fewer epochs: with a constant alpha that is this run."""
+    """Go on from the run's state, of this run or, which is the same with a constant alpha, of fewer epochs."""
     keeper.begin(mode, may_differ=() if isinstance(recipe.alpha, str) else ("recipe.epochs",))
     if keeper.state and (there := keeper.state["identity"]["recipe"]["epochs"]) > recipe.epochs:
         found = f"recipe.epochs: {there} there, {recipe.epochs} now"

@@ -1,7 +1,7 @@
 """Device, precision, compilation."""
 
-import copy
 import argparse
+import copy
 import os
 import platform
 import subprocess
