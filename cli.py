@@ -282,8 +282,7 @@ def setup(args: argparse.Namespace, dataset: data.Dataset, chosen: Runtime, **ch
     files.ensure_writable(checkpoint_dir(args), "--checkpoint_dir")
     files.ensure_writable(results_dir(args), "--results_dir")
     if args.val_fraction:
-        train, val = data.held_out(dataset.train, args.val_fraction, dataset.num_classes)
-        dataset = replace(dataset, train=train, val=val)
+        dataset = dataset.holding_out(args.val_fraction)
     choices |= {"compile": args.compile == "on", "sync_bn": args.sync_bn == "on"}
     return Setup(dataset, chosen, checkpoint_dir(args), results_dir(args), **choices)
 

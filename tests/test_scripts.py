@@ -13,12 +13,13 @@ import termios
 import numpy as np
 import pytest
 import torch
-from cifar_files import COPIES, make_small
+from cifar_files import write_cifar10, write_cifar100
 
 import data
 import jobs
 import models
 from recipes import RECIPES, ROWS
+from util import cifar
 from util.runstate import Keeper
 
 EPOCH = r"Epoch \[(\d+)/(\d+)\], Train Loss: (\d+\.\d{8})"
@@ -85,7 +86,7 @@ def test_teacher_and_students_on_digits(script, tmp_path):
 
 def test_the_main_job_on_cifar100s_own_files(script, tmp_path, monkeypatch):
     """Every kind of row is trained, through the whole comparison too, from files as the official archive has them."""
-    COPIES["official folder"](tmp_path / "data", "cifar100", make_small(monkeypatch, "cifar100", train=1))
+    monkeypatch.setitem(cifar.KINDS, "cifar100", write_cifar100(tmp_path / "data", n_train=100))
     rows = ["teacher", "student", "distillation", "distillation_LDH5"]
     ran = script("reproduce.py", "--weights", "none", "--epochs", 1, "--batch_size", 50, "--jobs", *rows)
     assert ran.code == 0, ran.err
@@ -99,7 +100,7 @@ def test_the_main_job_on_cifar100s_own_files(script, tmp_path, monkeypatch):
 
 
 def test_the_main_job_on_cifar10s_own_files(script, tmp_path, monkeypatch):
-    COPIES["archive"](tmp_path / "data", "cifar10", make_small(monkeypatch, "cifar10", train=5))
+    monkeypatch.setitem(cifar.KINDS, "cifar10", write_cifar10(tmp_path / "data", layout="archive"))
     common = ["--dataset", "cifar10", "--epochs", 1, "--batch_size", 25]
     assert script("train.py", "--model_job", "teacher", "--weights", "none", *common).code == 0
     assert script("train.py", "--model_job", "student", *common, "--augment").code == 0

@@ -1,213 +1,320 @@
-"""CIFAR-10 and CIFAR-100 from any copy of them, recognised by its content and brought into one order.
+"""CIFAR-10 and CIFAR-100 from any copy: the official files, in an archive or not, or an image file for each image.
 
-A copy may be the official archive or folder, its bare files, or a folder of images for each class. The order of the
-images differs between copies; here they are in the order of their SHA-256, which no copy's container changes.
+A copy is known by what it holds, not by its container or the order of its images; all give the same arrays.
 """
 
-import contextlib
 import hashlib
 import io
 import pickle
-import sys
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
-from torchvision import datasets
 
-from util import images
+from util.images import TEST, TRAIN, class_files, decoded, part_folders, printable, roots
 from util.runtime import UserError, say
 
 
-class Kind(NamedTuple):
-    """What a whole copy is.
+@dataclass(frozen=True)
+class Cifar:
+    """What one of the two is.
 
-    train, test, meta: the names of its files, of pickles. labels, names: what these call the labels, and the classes'
-    names. counts: of training and test images. digests: of their content, where they are known: the SHA-256 of the
-    sorted SHA-256s of each image, its label as one byte before its 3,072 bytes, row by row, red, green and blue.
+    files: those of each part. labels, names: the keys of its labels and, in the file of names, of the classes' names.
+    counts: how many images each part has, as many of each class. digests: `content_digest` of each part, where that is
+    known; else md5s are those of the official files.
     """
 
     title: str
-    source: type[datasets.CIFAR10]
-    classes: int
-    train: tuple[str, ...]
-    test: tuple[str, ...]
-    meta: str
+    folder: str
+    archive: str
+    url: str
+    files: dict[str, tuple[str, ...]]
     labels: str
-    names: str
-    counts: tuple[int, int]
-    digests: tuple[str, str] | None
+    names: tuple[str, str]
+    classes: tuple[str, ...]
+    counts: dict[str, int]
+    digests: dict[str, str] | None = None
+    md5s: dict[str, str] | None = None
 
 
-class Part(NamedTuple):
-    """images: uint8 (N, 32, 32, 3), contiguous; labels: int64 (N,)."""
-
-    images: np.ndarray
-    labels: np.ndarray
-
+FINE = """
+apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
+caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant
+flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree
+motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate
+poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider
+squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle
+wardrobe whale willow_tree wolf woman worm
+"""  # CIFAR-100's classes
 
 KINDS = {
-    "cifar100": Kind(
-        "CIFAR-100", datasets.CIFAR100, 100, ("train",), ("test",), "meta", "fine_labels", "fine_label_names",
-        (50_000, 10_000),
-        (
-            "36ce7a701fbea47796e570c34382aad50f2539687cfcbc6ae96e2f56530d29b6",
-            "d3cd5d87a1b9317a0982c8ef5535fe3b86da8da90b13ce5e9b23ea06400dd5eb",
-        ),
+    "cifar100": Cifar(
+        "CIFAR-100", "cifar-100-python", "cifar-100-python.tar.gz",
+        "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+        {"train": ("train",), "test": ("test",)}, "fine_labels", ("meta", "fine_label_names"),
+        tuple(FINE.split()),
+        {"train": 50_000, "test": 10_000},
+        digests={
+            "train": "36ce7a701fbea47796e570c34382aad50f2539687cfcbc6ae96e2f56530d29b6",
+            "test": "d3cd5d87a1b9317a0982c8ef5535fe3b86da8da90b13ce5e9b23ea06400dd5eb",
+        },
     ),
-    "cifar10": Kind(
-        "CIFAR-10", datasets.CIFAR10, 10, tuple(f"data_batch_{k}" for k in range(1, 6)), ("test_batch",),
-        "batches.meta", "labels", "label_names", (50_000, 10_000), None,
+    "cifar10": Cifar(
+        "CIFAR-10", "cifar-10-batches-py", "cifar-10-python.tar.gz",
+        "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+        {"train": tuple(f"data_batch_{k}" for k in range(1, 6)), "test": ("test_batch",)},
+        "labels", ("batches.meta", "label_names"),
+        ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+        {"train": 50_000, "test": 10_000},
+        md5s={
+            "data_batch_1": "c99cafc152244af753f735de768cd75f", "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+            "data_batch_3": "54ebc095f3ab1f0389bbae665268c751", "data_batch_4": "634d18415352ddfa80567beed471001a",
+            "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb", "test_batch": "40351d587109b95175f43aff81a1287e",
+        },
     ),
 }  # fmt: skip
 
 
-def load(name: str, data_dir: Path) -> tuple[Part, Part, tuple[str, ...]]:
-    """Training images, test images and the names of the classes, from what lies in data_dir, or is downloaded there.
+class Part(NamedTuple):
+    """images: uint8 (N, 32, 32, 3), contiguous; labels: int64 (N,); official: whether it is so by the files' md5."""
 
-    Raises UserError for a copy that is not whole or differs, and where there is none and none can be had.
+    images: np.ndarray
+    labels: np.ndarray
+    official: bool = False
+
+
+class Damaged(Exception):
+    """A file that is none of this data set's; says why."""
+
+
+Files = dict[str, bytes]  # the contents of some of the official files
+
+
+def read(kind: Cifar, data_dir: Path) -> dict[str, Part] | None:
+    """Both parts, each in a fixed order of its own, from the first whole copy in data_dir; None where there is none.
+
+    Looked for in data_dir, in its folders, and in the archive. Raises UserError where no copy is whole and right.
     """
-    kind = KINDS[name]
-    found = _found(kind, data_dir)
-    if found is None:
-        _download(kind, name, data_dir)
-        found = _found(kind, data_dir)
-    where, train, test, classes = found
-    return *_recognised(kind, where, train, test, classes), classes
-
-
-def _found(kind: Kind, data_dir: Path) -> tuple[Path, Part, Part, tuple[str, ...]] | None:
-    """What lies there, as it is, and where; None where nothing of the kind does."""
-    bare = [path for root in images.roots(data_dir) for path in (root / kind.source.base_folder, root)]
-    for folder in bare:
-        if any((folder / name).is_file() for name in (*kind.train, *kind.test)):
-            return folder, *_unpickled(kind, folder, lambda name, folder=folder: (folder / name).read_bytes())
-    for archive in (root / kind.source.filename for root in images.roots(data_dir)):
-        if archive.is_file():
-            return archive, *_unpickled(kind, archive, _members(kind, archive).__getitem__)
-    with contextlib.suppress(UserError):
-        listed = images.find(data_dir)
-        return listed.root, *_decoded(listed)
+    problem = None
+    for place, parts in _copies(kind, data_dir):
+        try:
+            return _checked(kind, place, parts())
+        except UserError as error:
+            problem = problem or error
+    if problem:
+        raise problem
     return None
 
 
-def _members(kind: Kind, archive: Path) -> dict[str, bytes]:
-    """The archive's files of this kind, by name; nothing is unpacked on the disk."""
-    wanted = {*kind.train, *kind.test, kind.meta}
+def _copies(kind: Cifar, data_dir: Path) -> Iterator[tuple[Path, Callable[[], dict[str, Part]]]]:
+    """Where something of the kind lies, and what reads it."""
+    folders = [data_dir / kind.folder, data_dir]
+    if data_dir.is_dir():
+        folders += sorted(path for path in data_dir.iterdir() if path.is_dir() and path not in folders)
+    wanted = {*sum(kind.files.values(), ()), kind.names[0]}
+    for folder in folders:
+        there = [name for name in sorted(wanted) if (folder / name).is_file()]
+        if any(name != kind.names[0] for name in there):
+            yield folder, lambda folder=folder, there=there: _unpickled(kind, folder, _file_contents(folder, there))
+    for archive in (folder / kind.archive for folder in folders):
+        if archive.is_file() and (contents := _archive_contents(archive, wanted)):
+            yield archive, lambda archive=archive, contents=contents: _unpickled(kind, archive, contents)
+    for root in roots(data_dir):
+        if _has_class_folders(kind, root):
+            yield root, lambda root=root: _from_images(kind, root)
+
+
+# the official files
+
+
+def _file_contents(folder: Path, names: list[str]) -> Files:
     try:
-        with tarfile.open(archive) as opened:
-            inside = [member for member in opened if member.isfile() and Path(member.name).name in wanted]
-            return {Path(member.name).name: opened.extractfile(member).read() for member in inside}
-    except (OSError, tarfile.TarError, EOFError) as error:
-        raise UserError(f"{archive} is damaged ({error}); delete it, to have it downloaded anew") from None
+        return {name: (folder / name).read_bytes() for name in names}
+    except OSError as error:
+        raise UserError(f"cannot read {printable(error.filename)}: {error.strerror}") from None
 
 
-class _Plain(pickle.Unpickler):
-    """Reads numpy arrays and plain types alone: a file runs no code."""
-
-    ALLOWED = {
-        "numpy.core.multiarray _reconstruct", "numpy._core.multiarray _reconstruct", "numpy ndarray", "numpy dtype",
-        "_codecs encode",
-    }  # fmt: skip
-
-    def find_class(self, module: str, name: str) -> Any:
-        if f"{module} {name}" not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it names {module}.{name}")
-        return super().find_class(module, name)
-
-
-def _unpickled(kind: Kind, where: Path, read: Callable[[str], bytes]) -> tuple[Part, Part, tuple[str, ...]]:
-    folder = kind.source.base_folder
-    official = dict([*kind.source.train_list, *kind.source.test_list])
-    strange = False
-    contents = {}
-    for name in (*kind.train, *kind.test, kind.meta):
-        try:
-            content = read(name)
-        except (OSError, KeyError):
-            raise UserError(
-                f"{where} is not the whole of {kind.title}: it lacks {name}; {', '.join(kind.train)}, "
-                f"{', '.join(kind.test)} and {kind.meta} belong there, or into {folder}/"
-            ) from None
-        strange |= name in official and hashlib.md5(content).hexdigest() != official[name]
-        try:
-            value = _Plain(io.BytesIO(content), encoding="latin1").load()
-            contents[name] = {_text(key): part for key, part in value.items()}
-        except Exception as error:  # unpickling raises whatever the bytes lead it to
-            raise UserError(
-                f"{where / name} is no file of {kind.title}, or damaged ({error}); {', '.join(kind.train)}, "
-                f"{', '.join(kind.test)} and {kind.meta} belong there, or into {folder}/"
-            ) from None
+def _archive_contents(archive: Path, names: set[str]) -> Files:
+    """The files of these names in the archive; none where it is cut or damaged, for it can be fetched again."""
     try:
-        train, test = (_joined([contents[name] for name in names], kind.labels) for names in (kind.train, kind.test))
-        classes = tuple(_text(name) for name in contents[kind.meta][kind.names])
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{where} is not in the format of {kind.title} ({error})") from None
-    if kind.digests is None and strange:
-        say(f"{where}: not the official files of {kind.title}; whether all images are there is all that is known")
-    return train, test, classes
+        with tarfile.open(archive) as tar:
+            members = {PurePosixPath(member.name).name: member for member in tar if member.isfile()}
+            return {name: tar.extractfile(members[name]).read() for name in names if name in members}
+    except (OSError, EOFError, tarfile.TarError, zlib.error):
+        return {}
 
 
-def _text(value: str | bytes) -> str:
-    return value.decode("latin1") if isinstance(value, bytes) else value
-
-
-def _joined(contents: list[dict[str, Any]], labels: str) -> Part:
-    pixels = np.concatenate([content["data"] for content in contents])
-    if pixels.dtype != np.uint8 or pixels.shape[1:] != (3072,):
-        raise ValueError(f"data of {pixels.dtype}, {pixels.shape}")
-    # Planes of red, green and blue, and torchvision's view of them is no contiguous one.
-    pixels = np.ascontiguousarray(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-    return Part(pixels, np.concatenate([np.asarray(content[labels], dtype=np.int64) for content in contents]))
-
-
-def _decoded(listed: images.Found) -> tuple[Part, Part, tuple[str, ...]]:
-    classes = tuple(sorted({label for _, label in listed.train}))
-    number = {label: index for index, label in enumerate(classes)}
-    pixels = images.decoded(listed, 32, images.key_of(listed, 32))
-    parts = {"train": listed.train, "test": listed.test}
-    train, test = (
-        Part(pixels[name], np.array([number[label] for _, label in part], dtype=np.int64))
-        for name, part in parts.items()
-    )
-    return train, test, classes
-
-
-def _recognised(kind: Kind, where: Path, train: Part, test: Part, classes: tuple[str, ...]) -> Iterator[Part]:
-    """The parts in their own order. Raises UserError, which says what is missing or different."""
-    for number, (name, part) in enumerate((("training", train), ("test", test))):
-        counts = np.bincount(part.labels, minlength=kind.classes)
-        each = kind.counts[number] // kind.classes
-        if len(classes) != kind.classes or len(counts) > kind.classes or len(part.images) != len(part.labels):
-            raise UserError(
-                f"{where} is not {kind.title}: it has {len(classes)} classes, not {kind.classes}; "
-                "--dataset folder takes any images in folders"
-            )
-        if (counts != each).any():
-            odd = [f"{classes[k]} has {counts[k]}" for k in np.flatnonzero(counts != each)]
-            raise UserError(
-                f"{where} is not the whole of {kind.title}: {len(part.labels):,} of {kind.counts[number]:,} {name} "
-                f"images, {each} of each class ({images.some(odd)}); get another copy, or use --dataset folder"
-            )
-        labelled = np.concatenate([part.labels.astype(np.uint8)[:, None], part.images.reshape(-1, 3072)], axis=1)
-        digests = [hashlib.sha256(row).digest() for row in labelled]
-        if kind.digests and hashlib.sha256(b"".join(sorted(digests))).hexdigest() != kind.digests[number]:
-            raise UserError(
-                f"{where} has as many images as {kind.title}, but other pixels or labels among its {name} images "
-                "(scaled, or stored with loss?); get another copy, or use --dataset folder"
-            )
-        order = sorted(range(len(digests)), key=digests.__getitem__)
-        yield Part(part.images[order], part.labels[order])
-
-
-def _download(kind: Kind, name: str, data_dir: Path) -> None:
+def _unpickled(kind: Cifar, place: Path, contents: Files) -> dict[str, Part]:
+    everything = [*sum(kind.files.values(), ()), kind.names[0]]
+    listed = f"{', '.join(everything[:-1])} and {everything[-1]}"
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # torchvision's remarks are no figures
-            kind.source(data_dir, download=True)
-    except (OSError, RuntimeError) as error:  # no network; what came is damaged
+        for name in everything[:-1]:
+            if name not in contents:
+                raise Damaged(f"there is no {name}")
+        if kind.digests is None:  # else a wrong order of the classes shows in them
+            _check_names(kind, contents)
+        return {part: _part(kind, {name: contents[name] for name in names}) for part, names in kind.files.items()}
+    except Damaged as problem:
         raise UserError(
-            f"{name} can't be downloaded ({error}); put {kind.source.filename} (from {kind.source.url}) into "
-            f"{data_dir}, or use --dataset digits or --dataset folder, which need no network"
+            f"{printable(place)} is incomplete or damaged: {problem}; it must hold {kind.title}'s own {listed}, "
+            f"as in {kind.archive} (from {kind.url}); mend or remove it"
         ) from None
+
+
+def _check_names(kind: Cifar, contents: Files) -> None:
+    file, key = kind.names
+    if file in contents:
+        names = _plain(_unpickle(file, contents[file]).get(key))
+        if names != list(kind.classes):
+            raise Damaged(f"{file} names other classes, or in another order")
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, list | tuple):
+        return [_plain(element) for element in value]
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
+
+
+def _part(kind: Cifar, contents: Files) -> Part:
+    images, labels = zip(*(_arrays(kind, name, content) for name, content in contents.items()), strict=True)
+    md5s = {name: hashlib.md5(content, usedforsecurity=False).hexdigest() for name, content in contents.items()}
+    official = kind.md5s is not None and all(kind.md5s.get(name) == md5 for name, md5 in md5s.items())
+    return Part(np.concatenate(images), np.concatenate(labels), official)
+
+
+def _arrays(kind: Cifar, name: str, content: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """The images (N, 32, 32, 3) and labels of one file, whose images are planes of red, green and blue."""
+    values = _unpickle(name, content)
+    data, labels = values.get("data"), values.get(kind.labels)
+    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.size % 3072 or not data.size:
+        raise Damaged(f"{name} holds no images of 32x32 pixels")
+    try:
+        labels = np.array(labels)
+        right = labels.shape == (data.size // 3072,) and labels.dtype.kind in "iu"
+    except ValueError:
+        right = False
+    if not right or labels.min() < 0 or labels.max() >= len(kind.classes):
+        raise Damaged(f"{name} holds no {kind.labels} from 0 to {len(kind.classes) - 1}, one for each image")
+    return data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels.astype(np.int64)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Makes numpy's arrays and plain types, nothing else: a pickle can name any function to be called."""
+
+    def find_class(self, module: str, name: str) -> object:
+        if module == "_codecs" and name == "encode":  # how Python 3 writes bytes for Python 2
+            return lambda text, encoding: text.encode("latin1")
+        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
+            return getattr(np, name)
+        owner, _, part = module.rpartition(".")
+        if owner in ("numpy.core", "numpy._core") and (part, name) in (
+            ("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer"),
+        ):  # fmt: skip
+            return _numpys(part, name)
+        raise Damaged(f"it wants to call {module}.{name}")
+
+
+def _numpys(part: str, name: str) -> object:
+    """numpy's own function to make an array, under the name that this numpy has for it."""
+    core = np._core if hasattr(np, "_core") else np.core
+    return getattr(getattr(core, part), name)
+
+
+def _unpickle(name: str, content: bytes) -> dict[str, object]:
+    """The dictionary in the file, its keys as str. latin1: Python 2 wrote bytes and arrays' memory as its str."""
+    try:
+        values = _Unpickler(io.BytesIO(content), encoding="latin1").load()
+    except Damaged as problem:
+        raise Damaged(f"{name}: {problem}") from None
+    except Exception:  # a damaged pickle fails in any way
+        raise Damaged(f"{name} is no pickle of arrays") from None
+    if not isinstance(values, dict):
+        raise Damaged(f"{name} holds no dictionary")
+    return {_plain(key): value for key, value in values.items()}
+
+
+# image files
+
+
+def _normal(name: str) -> str:
+    return name.lower().replace(" ", "_").replace("-", "_")
+
+
+def _has_class_folders(kind: Cifar, root: Path) -> bool:
+    """Whether half of the classes have folders in train/: other data sets lie in the same folder, too."""
+    for train in part_folders(root, TRAIN):
+        names = {_normal(path.name) for path in train.iterdir() if path.is_dir()}
+        return 2 * len(names & set(kind.classes)) >= len(kind.classes)
+    return False
+
+
+def _from_images(kind: Cifar, root: Path) -> dict[str, Part]:
+    listing = {}
+    for part, names in (("train", TRAIN), ("test", TEST)):
+        folder = next(iter(part_folders(root, names)), None)
+        found = class_files(folder) if folder else []
+        listing[part] = [(path, _normal(label)) for path, label in found]
+        if other := {label for _, label in listing[part]} - set(kind.classes):
+            raise UserError(f"{printable(folder)} has a folder {min(other)}, which is no class of {kind.title}")
+    number = {name: index for index, name in enumerate(kind.classes)}
+    labels = {part: np.array([number[label] for _, label in found], np.int64) for part, found in listing.items()}
+    _check_counts(kind, root, labels)  # before many thousands of files are decoded
+    images = decoded(root, listing, 32)
+    return {part: Part(images[part], labels[part]) for part in listing}
+
+
+# recognising
+
+
+def _checked(kind: Cifar, place: Path, parts: dict[str, Part]) -> dict[str, Part]:
+    """The parts in their fixed order, that of their images' digests."""
+    _check_counts(kind, place, {part: content.labels for part, content in parts.items()})
+    digests = {part: _digests(*content[:2]) for part, content in parts.items()}
+    if kind.digests:
+        wrong = [part for part, own in digests.items() if content_digest(own) != kind.digests[part]]
+        if wrong:
+            raise UserError(
+                f"{printable(place)}: as many images as {kind.title}, but in {' and '.join(wrong)} pixels or labels "
+                f"differ from its own; put {kind.archive} (from {kind.url}) there, or use --dataset folder"
+            )
+    elif not all(content.official for content in parts.values()):
+        say(f"{printable(place)} is taken for {kind.title} by counts and classes; the files are not the official ones")
+    return {part: _in_order(content, digests[part]) for part, content in parts.items()}
+
+
+def _in_order(content: Part, digests: list[bytes]) -> Part:
+    order = sorted(range(len(digests)), key=digests.__getitem__)
+    return Part(np.ascontiguousarray(content.images[order]), content.labels[order], content.official)
+
+
+def _digests(images: np.ndarray, labels: np.ndarray) -> list[bytes]:
+    """SHA-256 of each image's label, as one byte, and its pixels, row by row."""
+    rows = np.concatenate([labels.astype(np.uint8)[:, None], images.reshape(len(images), -1)], axis=1)
+    return [hashlib.sha256(row).digest() for row in rows]
+
+
+def content_digest(digests: list[bytes]) -> str:
+    """A digest of a part that does not depend on the order of its images: SHA-256 over theirs, sorted."""
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
+
+
+def _check_counts(kind: Cifar, place: Path, labels: dict[str, np.ndarray]) -> None:
+    classes, told = len(kind.classes), []
+    for part, numbers in labels.items():
+        total = kind.counts[part]
+        wanted = np.array([total // classes + (index < total % classes) for index in range(classes)])
+        counts = np.bincount(numbers, minlength=classes)
+        wrong = np.flatnonzero(counts != wanted)
+        if len(wrong):
+            some = ", ".join(f"{kind.classes[i]} {counts[i]} of {wanted[i]}" for i in wrong[:3])
+            more = f" and {len(wrong) - 3} more classes" if len(wrong) > 3 else ""
+            told.append(f"{part} has {len(numbers):,} of {total:,} images ({some}{more})")
+    if told:
+        raise UserError(
+            f"{printable(place)}: {kind.title}, but not whole: {'; '.join(told)}; "
+            f"put {kind.archive} (from {kind.url}) there, or use --dataset folder"
+        )

@@ -1,219 +1,290 @@
-"""Image files: found in folders as people have them, decoded, and what was learnt of them kept beside them."""
+"""Image files: found, listed, decoded, and kept decoded beside them."""
 
+import functools
 import hashlib
-import json
+import itertools
+import logging
 import os
+import unicodedata
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 
 from util import files
 from util.processes import local_size
 from util.runtime import UserError, say
 
+TRAIN = ("train", "training")
+TEST = ("test", "val", "valid", "validation", "testing")
+# What systems, archives and network drives leave in folders, and Tiny ImageNet's own notes; and all that is hidden.
+JUNK = {
+    "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "@tmp", "@recycle", "#recycle",
+    "$recycle.bin", "system volume information", "lost+found", "__pycache__", "val_annotations.txt",
+}  # fmt: skip
 CACHE_FORMAT = 3
-TRAIN_NAMES = ("train", "training")
-TEST_NAMES = ("test", "testing", "val", "valid", "validation")  # the first that fits is taken
-ANNOTATIONS = "val_annotations.txt"  # of Tiny ImageNet: file, class, four numbers
+CHUNK = 4  # images that a thread decodes at a time
 
-# What systems and programs leave in folders; passed over without a word, as is all that begins with a dot.
-JUNK = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "icon\r"}
-# Formats that Pillow opens but can't decode by itself.
-UNDECODABLE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
-NAMED = 5  # how many files a message names
-AHEAD = 2  # how many batches are decoded before they are asked for
-
-# These are the user's own files: large ones, and ones with long texts in them, are no attack.
+# The user's own files: a large photograph or a long comment is no attack. Pillow's remarks would not name the image.
 Image.MAX_IMAGE_PIXELS = None
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 30
-# Of damaged EXIF data and the like, without the image's name; what can't be decoded is told of by name.
-warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
-Statistics = tuple[float, float, float]  # one value for each of red, green and blue
-Files = list[tuple[Path, str]]  # images, each with its class
-Failed = list[tuple[Path, UserError]]  # images that can't be read, and why
-
-
-class Found(NamedTuple):
-    """The image files of a data set. train is None where only the test images are there."""
-
-    root: Path
-    train: Files | None
-    test: Files
-
-
-class Known(NamedTuple):
-    """What one pass over streamed images told: the training pixels' statistics, and a digest of each part's pixels."""
-
-    mean: Statistics
-    std: Statistics
-    train: str
-    test: str
+Files = dict[str, list[tuple[Path, str]]]  # for "train" and "test": each image and its class
 
 
 # finding
 
 
-def find(data_dir: Path, classes: Sequence[str] | None = None) -> Found:
-    """The images of train/<class>/ and test/<class>/ (or val/, valid/, validation/), at any depth below the class.
+class Found(NamedTuple):
+    """root: where they lie; files: those of "train" (where it is there) and "test", in a fixed order."""
 
-    The two lie in data_dir or one level down; class folders may be links. What is left out is told of in a line.
-    classes: those of a checkpoint that is to be tested, which needs no train/. Raises UserError where images are
-    missing, or a class of test/ is none of train/.
+    root: Path
+    files: Files
+
+
+@dataclass
+class _Notes:
+    """What was left out of a folder of classes."""
+
+    no_images: list[Path] = field(default_factory=list)
+    no_class: list[Path] = field(default_factory=list)
+    empty: list[str] = field(default_factory=list)
+
+
+def find(data_dir: Path, tests: Sequence[str] = TEST, classes: Collection[str] | None = None) -> Found:
+    """The images of train/<class>/ and test/<class>/, at any depth, in data_dir or one level down.
+
+    tests: names of the folder of test images, the preferred first. classes: a network's to be tested, which those of
+    the test images must be among; train/ may be missing then.
+    Says what was left out, and which folders were taken where they are not data_dir/train and data_dir/test.
+    Raises UserError for missing folders or images, and for a test class that is none of the classes.
     """
-    root = next((root for root in roots(data_dir) if _part(root, TRAIN_NAMES)), None)
-    if root is None and classes:
-        root = next((root for root in roots(data_dir) if _part(root, TEST_NAMES)), None)
-    if root is None:
-        raise UserError(
-            f"{data_dir / 'train'} is not there; {data_dir} must hold train/<class>/<images> and test/<class>/<images>"
-        )
-    folder = _part(root, TRAIN_NAMES)
-    train = _class_files(folder) if folder else None
-    if train is not None and len({label for _, label in train}) < 2:
-        raise UserError(f"{folder} holds one class alone, {train[0][1]}; there is nothing to tell apart")
-    known = {label for _, label in train} if train else set(classes)
-    return Found(root, train, _test_files(root, known))
+    root = _root(data_dir, tests, classes)
+    notes, listing = _Notes(), {}
+    train = next(iter(part_folders(root, TRAIN)), None)
+    if train is not None:
+        listing["train"] = class_files(train, notes)
+        if not listing["train"]:
+            raise UserError(f"{printable(train)} holds no images; it must hold a folder of images for each class")
+    own = {label for _, label in listing.get("train", ())}
+    where = "that the network does not know" if classes else f"that are not in {train.name}/"
+    wanted = set(classes or own)
+    test, listing["test"] = _test_files(root, tests, wanted, where, notes)
+    if (train or data_dir / "train", test) != (data_dir / "train", data_dir / tests[0]):
+        say(f"images: {' and '.join(printable(folder) for folder in (train, test) if folder)}")
+    for other in part_folders(root, tests):
+        if other != test and any(class_name(entry.name) in wanted for entry in _entries(other)):
+            say(f"{printable(other)} is not used")
+    _say_left_out(notes, wanted, {label for _, label in listing["test"]})
+    return Found(root, listing)
 
 
-def roots(data_dir: Path) -> list[Path]:
-    """The folder, then those in it."""
-    try:
-        inside = sorted(path for path in data_dir.iterdir() if path.is_dir() and not _is_junk(path))
-    except OSError:  # missing, or no folder
-        inside = []
-    return [data_dir, *inside]
+def roots(data_dir: Path, names: Sequence[str] = TRAIN) -> list[Path]:
+    """data_dir where it holds a folder of one of these names, else all folders in it that do."""
+    if part_folders(data_dir, names):
+        return [data_dir]
+    below = [Path(entry.path) for entry in _entries(data_dir) if _is_folder(entry)] if data_dir.is_dir() else []
+    return [folder for folder in below if os.access(folder, os.R_OK) and part_folders(folder, names)]
 
 
-def _part(root: Path, names: tuple[str, ...]) -> Path | None:
-    """The folder of the first of these names, whatever its case."""
-    there = {path.name.lower(): path for path in roots(root)[1:]}
-    return next((there[name] for name in names if name in there), None)
-
-
-def _test_files(root: Path, known: set[str]) -> Files:
-    """The test images, of the folder whose classes are those of the training images; says so where it is not test/."""
-    folders = [folder for name in TEST_NAMES if (folder := _part(root, (name,)))]
-    if not folders:
-        raise UserError(
-            f"{root / 'test'} is not there, nor val, valid or validation; {root} must hold test/<class>/<images>"
-        )
-    # Tiny ImageNet's test/ has no labels, its val/ has.
-    folder = next((folder for folder in folders if known & _labels(folder)), folders[0])
-    if folder.name.lower() != "test" or len(folders) > 1:
-        others = [other.name for other in folders if other != folder]
-        say(f"the test images are those of {folder}" + (f"; {', '.join(others)} is left out" if others else ""))
-    found = _class_files(folder)
-    there = {label for _, label in found}
-    if unknown := sorted(there - known):
-        raise UserError(f"{folder} holds classes that are not to be learnt: {some(unknown)}; both parts need the same")
-    if missing := sorted(known - there):
-        say(f"no test images of {len(missing)} classes, which are tested without: {some(missing)}")
-    return found
-
-
-def _labels(part: Path) -> set[str]:
-    if (part / ANNOTATIONS).is_file():
-        return {label for _, label in _annotated(part)}
-    return {_label(folder) for folder in roots(part)[1:]}
-
-
-def _class_files(part: Path) -> Files:
-    if (part / ANNOTATIONS).is_file() and (part / "images").is_dir():
-        return _annotated(part)
-    found, others, empty = [], [path for path in _entries(part) if path.is_file()], []
-    for folder in roots(part)[1:]:
-        images, rest = _images_below(folder)
-        found += [(path, _label(folder)) for path in images]
-        others += rest
-        empty += [] if images else [_label(folder)]
+def _root(data_dir: Path, tests: Sequence[str], classes: Collection[str] | None) -> Path:
+    found = roots(data_dir, TRAIN)
+    if classes and (not found or part_folders(data_dir, tests)):
+        found = roots(data_dir, tests)
+    shown = printable(data_dir)
+    if len(found) > 1:
+        raise UserError(f"{shown} holds several data sets: {_some([root.name for root in found])}; give one of them")
     if not found:
-        raise UserError(f"{part} holds no images; it must hold a folder of images for each class")
-    if others:
-        say(f"{part}: {len(others)} files are left out, as they are no images in a class's folder: {some(others)}")
-    if empty:
-        say(f"{part}: {len(empty)} classes without images are left out: {some(empty)}")
+        part = tests[0] if classes else "train"
+        raise UserError(
+            f"{shown}/{part} is not there; {shown} must hold train/<class>/<images> and test/<class>/<images>"
+        )
+    return found[0]
+
+
+def part_folders(root: Path, names: Sequence[str]) -> list[Path]:
+    """The root's folders of these names, in that order, in whatever case they are written."""
+    if not root.is_dir():
+        return []
+    there: dict[str, Path] = {}
+    for entry in _entries(root):
+        if _is_folder(entry):
+            there.setdefault(entry.name.casefold(), Path(entry.path))
+    return [_entered(root / name if (root / name).is_dir() else there[name]) for name in names if name in there]
+
+
+def _entered(folder: Path) -> Path:
+    """Some archives hold train/train/<class>."""
+    inside = [entry for entry in _entries(folder) if _is_folder(entry)]
+    same = len(inside) == 1 and inside[0].name.casefold() == folder.name.casefold()
+    return Path(inside[0].path) if same else folder
+
+
+def class_files(part: Path, notes: _Notes | None = None) -> list[tuple[Path, str]]:
+    """The images in each folder of `part`, and its name as their class; class folders may be links."""
+    notes, found = notes or _Notes(), []
+    above = {_identity(folder) for folder in (part.resolve(), *part.resolve().parents)}
+    for entry in _entries(part):
+        if not _is_folder(entry):
+            notes.no_class.append(Path(entry.path))
+        elif images := list(_images_below(entry.path, set(above), notes)):
+            found += [(path, class_name(entry.name)) for path in images]
+        else:
+            notes.empty.append(class_name(entry.name))
     return found
 
 
-def _annotated(part: Path) -> Files:
-    """Tiny ImageNet's own layout of its validation images."""
-    lines = (part / ANNOTATIONS).read_text().splitlines()
+def _images_below(folder: str, seen: set[tuple[int, int]], notes: _Notes) -> Iterator[Path]:
+    """seen: folders not to enter (again), or links that go up or around would never end."""
+    identity = _identity(folder)
+    if identity in seen:
+        return
+    seen.add(identity)
+    for entry in _entries(folder):
+        if _is_folder(entry):
+            yield from _images_below(entry.path, seen, notes)
+        elif _is_image(entry):
+            yield Path(entry.path)
+        else:
+            notes.no_images.append(Path(entry.path))
+
+
+def _test_files(
+    root: Path, tests: Sequence[str], wanted: set[str], where: str, notes: _Notes
+) -> tuple[Path, list[tuple[Path, str]]]:
+    """The first of the folders that holds images of a wanted class: test/ often holds images without a class."""
+    refused = None
+    for folder in part_folders(root, tests):
+        own = _Notes()
+        found = _annotated_files(folder) or class_files(folder, own)
+        unknown = sorted({label for _, label in found} - wanted)
+        if len(unknown) < len({label for _, label in found}):
+            if unknown:
+                raise UserError(_unknown_classes(root, folder, unknown, where))
+            notes.no_images += own.no_images
+            notes.no_class += own.no_class
+            notes.empty += [name for name in own.empty if name not in wanted]
+            return folder, found
+        if unknown and refused is None:
+            refused = _unknown_classes(root, folder, unknown, where)
+    if refused is None:
+        folder = next(iter(part_folders(root, tests)), None)
+        state = "is not there" if folder is None else "holds no images in class folders"
+        shown = printable(folder or root / tests[0])
+        refused = f"{shown} {state}; {printable(root)} must hold test/<class>/<images> (or val/, valid/, ...)"
+    raise UserError(refused)
+
+
+def _unknown_classes(root: Path, folder: Path, unknown: list[str], where: str) -> str:
+    return f"{printable(root)}: classes in {folder.name}/ {where}: {_some(unknown)}"
+
+
+def _annotated_files(folder: Path) -> list[tuple[Path, str]]:
+    """Tiny ImageNet's test images (its val/): images/<name>, whose classes stand in a file. Empty where it isn't so."""
+    notes = folder / "val_annotations.txt"
+    if not notes.is_file() or not (folder / "images").is_dir():
+        return []
+    lines = notes.read_text("utf-8", "surrogateescape").splitlines()
     fields = [line.split("\t") for line in lines if line.strip()]
-    return [(part / "images" / field[0], field[1]) for field in fields if len(field) > 1]
+    listed = [(folder / "images" / field[0], class_name(field[1])) for field in fields if len(field) > 1]
+    there = {entry.name for entry in _entries(folder / "images")}
+    return listed if there else []
 
 
-def _images_below(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The images in the folder and the folders below it, in order, and the files that are none."""
-    images, others, seen, todo = [], [], set(), [folder]
-    while todo:
-        here = todo.pop()
-        if (real := here.resolve()) in seen:  # links that lead in a circle
-            continue
-        seen.add(real)
-        for path in _entries(here):
-            if path.is_dir():
-                todo.append(path)
-            elif not path.name.lower().endswith("_boxes.txt"):  # Tiny ImageNet's, known to be none
-                (images if _is_image(path) else others).append(path)
-    return sorted(images), others
+def _say_left_out(notes: _Notes, classes: set[str], tested: set[str]) -> None:
+    for paths, reason in ((notes.no_images, "no images"), (notes.no_class, "in no class folder")):
+        if paths:
+            names = _some([f"{path.parent.name}/{path.name}" for path in paths], 3)
+            say(f"{len(paths)} {'files' if len(paths) > 1 else 'file'} left out, {reason}: {names}")
+    if notes.empty:
+        say(f"class folders left out, without images: {_some(notes.empty)}")
+    if untested := sorted(classes - tested):
+        say(f"no test images of {len(untested)} of {len(classes)} classes: {_some(untested)}; tested without")
 
 
-def _entries(folder: Path) -> list[Path]:
+def _some(names: Sequence[str | Path], n: int = 5) -> str:
+    """The first of the names, and how many more there are."""
+    more = f" and {len(names) - n:,} more" if len(names) > n else ""
+    return ", ".join(printable(name) for name in names[:n]) + more
+
+
+def printable(path: str | Path) -> str:
+    """The path with those bytes escaped that are no UTF-8, which could not be printed."""
+    return os.fsencode(path).decode(errors="backslashreplace").replace("\n", "\\n")
+
+
+def class_name(folder: str) -> str:
+    """A folder's name as its class: printable, and the same for both ways in which systems write an accent."""
+    return unicodedata.normalize("NFC", printable(folder))
+
+
+def _entries(folder: str | Path) -> list[os.DirEntry]:
+    """What the folder holds, sorted, without what is hidden or junk. Raises UserError where it can't be read."""
     try:
-        return sorted(path for path in folder.iterdir() if not _is_junk(path))
+        with os.scandir(folder) as entries:
+            return sorted((entry for entry in entries if not _is_junk(entry.name)), key=lambda entry: entry.name)
     except OSError as error:
-        raise UserError(f"cannot read the folder {folder}: {error.strerror}") from None
+        raise UserError(f"cannot read {printable(folder)}: {error.strerror}") from None
 
 
-def _is_junk(path: Path) -> bool:
-    return path.name.startswith(".") or path.name.lower() in JUNK
+def _is_junk(name: str) -> bool:
+    return name.startswith(".") or name.casefold() in JUNK or name.endswith("_boxes.txt")
 
 
-def _is_image(path: Path) -> bool:
-    """By its name's ending, or, where that is unknown or missing, by its content."""
-    Image.init()
-    kind = Image.registered_extensions().get(path.suffix.lower())
-    if kind in Image.OPEN and kind not in UNDECODABLE:
+def _is_folder(entry: os.DirEntry) -> bool:
+    return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    try:
+        status = os.stat(folder)
+    except OSError as error:
+        raise UserError(f"cannot read {printable(folder)}: {error.strerror}") from None
+    return status.st_dev, status.st_ino
+
+
+def _is_image(entry: os.DirEntry) -> bool:
+    """By its extension, else by what it holds. A link that leads nowhere is one that can't be read."""
+    if not entry.is_file(follow_symlinks=False) and os.path.exists(entry.path) and not os.path.isfile(entry.path):
+        return False  # a pipe, a socket
+    if os.path.splitext(entry.name)[1].lower() in _formats().extensions:
         return True
     try:
-        with Image.open(path) as image:
-            return image.format not in UNDECODABLE
-    except Exception:  # Pillow raises whatever the bytes lead its readers to
+        with Image.open(entry.path, formats=_formats().by_content):
+            return True
+    except Exception:  # Pillow's plugins raise anything
         return False
 
 
-def _label(folder: Path) -> str:
-    """The class's name: the folder's, printable even where it is not UTF-8."""
-    return os.fsencode(folder.name).decode("utf-8", "backslashreplace")
+class _Formats(NamedTuple):
+    """readable: what Pillow reads; by_content: those it knows by their first bytes; extensions: of the readable."""
+
+    readable: list[str]
+    by_content: list[str]
+    extensions: set[str]
 
 
-def some(names: Sequence) -> str:
-    text = ", ".join(str(name) for name in names[:NAMED])
-    return text + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+@functools.cache
+def _formats() -> _Formats:
+    Image.init()
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    readable = [name for name in Image.ID if name != "EPS" and not _is_stub(Image.OPEN[name][0])]  # EPS is a program
+    extensions = {suffix for suffix, name in Image.registered_extensions().items() if name in readable}
+    return _Formats(readable, [name for name in readable if Image.OPEN[name][1]], extensions)
 
 
-def key_of(found: Found, size: int) -> str:
-    """What changes when an image is added, removed, renamed or written anew, or is to have another size."""
-    digest = hashlib.sha256(f"{CACHE_FORMAT} {size}\n".encode())
-    for part, listed in (("train", found.train or []), ("test", found.test)):
-        for path, label in listed:
-            try:
-                status = path.stat()
-            except OSError as error:
-                raise UserError(f"cannot read {path}: {error.strerror}") from None
-            name = os.fsencode(path.relative_to(found.root))
-            digest.update(b"\0".join([part.encode(), label.encode(), name, b""]))
-            digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
+def _is_stub(plugin: object) -> bool:
+    """Formats that Pillow knows, but for which it needs another library."""
+    return isinstance(plugin, type) and issubclass(plugin, ImageFile.StubImageFile)
 
 
 # decoding
@@ -222,140 +293,217 @@ def key_of(found: Found, size: int) -> str:
 def read_image(path: Path, size: int) -> Image.Image:
     """The image in RGB, upright, scaled (Lanczos) to cover size x size and cut to it around its centre.
 
-    Raises UserError for a file that can't be read.
+    Of several frames the first. What is transparent is white. For values that are not of 8 bits see `_in_8_bits`.
+    Raises UserError for one that can't be read, or not to its end.
     """
     try:
-        with Image.open(path) as image:
-            rgb = ImageOps.exif_transpose(_in_8_bits(image)).convert("RGB")
-    except Exception as error:  # Pillow raises whatever the bytes lead its readers to
-        reason = str(error).replace(f" {str(path)!r}", "") or type(error).__name__
-        raise UserError(f"cannot read the image {path}: {reason}; mend or remove it") from None
-    return rgb if rgb.size == (size, size) else ImageOps.fit(rgb, (size, size), Image.Resampling.LANCZOS)
+        with Image.open(path, formats=_formats().readable) as image:
+            image.load()
+            rgb = _in_rgb(_in_8_bits(_upright(image)))
+        return rgb if rgb.size == (size, size) else ImageOps.fit(rgb, (size, size), Image.Resampling.LANCZOS)
+    except Exception as error:  # Pillow's plugins raise anything
+        reason = printable(str(error) or type(error).__name__).partition("\n")[0]
+        reason = "no image that Pillow can read" if isinstance(error, Image.UnidentifiedImageError) else reason
+        raise UserError(f"cannot read the image {printable(path)}: {reason}; mend or remove it") from None
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF says; damaged EXIF says nothing."""
+    try:
+        turn = _TURNS.get(image.getexif().get(0x0112))
+    except Exception:
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def _in_8_bits(image: Image.Image) -> Image.Image:
-    """Grey values of more than 8 bits, which Pillow would cut off at 255, scaled to 8.
+    """Grey values of 16 or 32 bits, or floats, scaled to 0..255, as Pillow would cut them off at 255.
 
-    The file does not say which value is white: of integers it is the largest of 8, 16 or 32 bits that holds all of the
-    image's, of fractions 1, 255 or 65,535. Raises ValueError for others.
+    Black is 0. White is the lowest of 1 (of floats alone), 255, 65535 and 2^31 - 1 (of integers alone) that none of the
+    values exceeds; or their highest, where that would leave the image darker than a sixteenth of white (as with cameras
+    of 10 and 12 bits). Floats from -1 to 1 are scaled as such. Raises ValueError for others below 0, and for NaN.
     """
-    if not (image.mode in ("I", "F") or image.mode.startswith("I;")):
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return image
     values = np.asarray(image).astype(np.float64)
-    low, high = values.min(), values.max()
-    whites = {"F": (1, 255, 2**16 - 1), "I": (255, 2**16 - 1, 2**32 - 1)}.get(image.mode, (2**16 - 1,))
-    white = next((white for white in whites if high <= white), None)
-    if white is None or not low >= 0:
-        raise ValueError(f"its values go from {low:g} to {high:g}, of which black and white can't be told")
-    scaled = Image.fromarray((values / white * 255).astype(np.uint8))
-    scaled.info = image.info
-    return scaled
+    lowest, highest = values.min(), values.max()
+    if not np.isfinite(values).all():
+        raise ValueError("it holds NaN or infinite values")
+    floats = image.mode == "F"
+    if lowest < -max(highest, 0) / 16:  # less is what an interpolation leaves, and cut off
+        if not floats or lowest < -1 or highest > 1:
+            raise ValueError(f"what is black and white in values from {lowest:g} to {highest:g} can't be told")
+        values, highest = (values + 1) / 2, 1.0
+    white = next((w for w in ((1, 255, 65535) if floats else (255, 65535, 2**31 - 1)) if w >= highest), highest)
+    if highest < white / 16:
+        white = highest or 1
+    return Image.fromarray((values.clip(0) * 255 / white + (0.5 if floats else 0)).astype(np.uint8))
 
 
-def decode(paths: list[Path], size: int) -> np.ndarray:
-    """uint8 (N, size, size, 3), decoded by as many threads as there are cores (Pillow lets go of the lock).
-
-    Raises UserError that names all images that can't be read.
-    """
-    images, failed = np.empty((len(paths), size, size, 3), np.uint8), []
-
-    def one(index: int) -> None:
-        try:
-            images[index] = read_image(paths[index], size)
-        except UserError as error:
-            failed.append((index, error))
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(one, range(len(paths))):
-            pass
-    refuse_unreadable([(paths[index], error) for index, error in sorted(failed, key=lambda pair: pair[0])])
-    return images
-
-
-def refuse_unreadable(failed: Failed) -> None:
-    """Raise UserError, which names the images that can't be read, where there are any."""
-    if len(failed) == 1:
-        raise failed[0][1]
-    if failed:
-        raise UserError(
-            f"{len(failed)} images can't be read: {some([path for path, _ in failed])}; mend or remove them"
-        )
+def _in_rgb(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
 class ImageFiles:
-    """Images on the disk, decoded each time they are asked for: for sets that memory does not hold."""
+    """Images on the disk, decoded each time they are asked for: for sets that memory does not hold.
 
-    def __init__(self, paths: list[Path], size: int):
-        self.paths, self.shape = paths, (len(paths), size, size, 3)
+    shape: (N, size, size, 3), as if they were a tensor. digests: of each image, as `image_digests` gives them; where
+    they are not given, all images are read when they are first asked for.
+    """
+
+    def __init__(self, paths: Sequence[str | bytes | Path], size: int, digests: np.ndarray | None = None):
+        self.paths = [os.fsencode(path) for path in paths]
+        self.shape = (len(paths), size, size, 3)
+        self._digests = digests
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def subset(self, indices: torch.Tensor) -> "ImageFiles":
-        """Those of these indices, int64 (n,)."""
-        return ImageFiles([self.paths[index] for index in indices.tolist()], self.shape[1])
+    @property
+    def digests(self) -> np.ndarray:
+        if self._digests is None:
+            self._digests = np.concatenate([image_digests(images) for images in self.read(self.in_order())])
+        return self._digests
 
-    def read(self, parts: Iterable[torch.Tensor], failed: Failed | None = None) -> Iterator[torch.Tensor]:
-        """The images of each part (indices), uint8 (B, H, W, 3), decoded by threads while the last ones are used.
+    def subset(self, index: torch.Tensor) -> "ImageFiles":
+        """Those with these indices (int64, on the CPU)."""
+        digests = None if self._digests is None else self._digests[index.numpy()]
+        return ImageFiles([self.paths[i] for i in index.tolist()], self.shape[1], digests)
 
-        Threads share the memory (worker processes need room in /dev/shm, which containers are short of), draw no
-        random numbers, and end with the run. Raises UserError for images that can't be read; or puts them into
-        `failed`, where that is given, and leaves them out.
+    def in_order(self) -> Sequence[torch.Tensor]:
+        """All indices, in parts to `read`."""
+        return torch.arange(len(self)).split(250)
+
+    def read(self, parts: Sequence[torch.Tensor], problems: list[UserError] | None = None) -> Iterator[torch.Tensor]:
+        """The images of each part (indices), uint8 (B, H, W, 3), decoded ahead by threads (Pillow lets go of the lock).
+
+        problems: where those of images that can't be read are gathered; without it UserError is raised for them.
         """
-        pool, coming = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // local_size())), deque()
+        threads = _threads()
+        pool = ThreadPoolExecutor(threads)
+        ahead: deque[tuple[torch.Tensor, list[Future]]] = deque()
         try:
-            for part in parts:
-                coming.append([pool.submit(self._one, index) for index in part.tolist()])
-                if len(coming) > AHEAD:
-                    yield self._gathered(coming.popleft(), failed)
-            while coming:
-                yield self._gathered(coming.popleft(), failed)
-        finally:
-            pool.shutdown(cancel_futures=True)
+            for part in itertools.chain(parts, [None]):
+                if part is not None:
+                    ahead.append(self._start(pool, part))
+                while ahead and (part is None or (len(ahead) > 2 and _in_work(ahead) > 4 * CHUNK * threads)):
+                    images, started = ahead.popleft()
+                    found = [problem for future in started for problem in future.result()]
+                    if problems is None:
+                        refuse_unreadable(found)
+                    else:
+                        problems += found
+                    yield images
+        finally:  # whoever was reading may have stopped, by Ctrl-C for one
+            pool.shutdown(wait=False, cancel_futures=True)
 
-    def _one(self, index: int) -> np.ndarray | tuple[Path, UserError]:
+    def _start(self, pool: ThreadPoolExecutor, part: torch.Tensor) -> tuple[torch.Tensor, list[Future]]:
+        images = np.empty((len(part), *self.shape[1:]), np.uint8)
+        paths = [self.paths[i] for i in part.tolist()]
+        starts = range(0, len(paths), CHUNK)
+        chunks = [(images[start : start + CHUNK], paths[start : start + CHUNK]) for start in starts]
+        return torch.from_numpy(images), [pool.submit(_decode, *chunk) for chunk in chunks]
+
+
+def _in_work(ahead: Sequence[tuple[torch.Tensor, list[Future]]]) -> int:
+    return sum(len(images) for images, _ in ahead)
+
+
+def _threads() -> int:
+    return max(1, min(16, (os.cpu_count() or 1) // local_size()))
+
+
+def _decode(images: np.ndarray, paths: Sequence[bytes]) -> list[UserError]:
+    """Decode the files into the array, uint8 (N, size, size, 3), and give the problems with those that can't be."""
+    problems = []
+    for index, path in enumerate(paths):
         try:
-            return np.asarray(read_image(self.paths[index], self.shape[1]))
+            images[index] = read_image(Path(os.fsdecode(path)), images.shape[1])
         except UserError as error:
-            return self.paths[index], error
+            error.path = path
+            problems.append(error)
+    return problems
 
-    @staticmethod
-    def _gathered(coming: list[Future], failed: Failed | None) -> torch.Tensor:
-        images = [future.result() for future in coming]
-        bad = [image for image in images if isinstance(image, tuple)]
-        if failed is None:
-            refuse_unreadable(bad)
-        else:
-            failed += bad
-        good = [image for image in images if not isinstance(image, tuple)]
-        return torch.from_numpy(np.stack(good)) if good else torch.empty(0, 1, 1, 3, dtype=torch.uint8)
+
+def refuse_unreadable(problems: list[UserError]) -> None:
+    """Raises one UserError that names all images with these problems, if there are any."""
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        names = _some([os.fsdecode(problem.path) for problem in problems])
+        raise UserError(f"{len(problems):,} images can't be read: {names}; mend or remove them")
+
+
+def image_digests(images: torch.Tensor | ImageFiles) -> np.ndarray:
+    """A digest of each image's pixels, uint8 (N, 16)."""
+    if isinstance(images, ImageFiles):
+        return images.digests
+    digests = [hashlib.sha256(image).digest()[:16] for image in images.numpy()]
+    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16)
 
 
 # keeping
 
 
-def decoded(found: Found, size: int, key: str) -> dict[str, np.ndarray]:
-    """The pixels of "train" and "test", from the cache beside the files where nothing changed since it was made."""
-    cache = found.root / f".decoded_{size}.npz"
-    parts = {"train": found.train, "test": found.test}
-    names = [name for name, listed in parts.items() if listed is not None]
-    images = _read_cache(cache, key, names)
+def decoded(root: Path, listing: Files, size: int) -> dict[str, np.ndarray]:
+    """The images of each part, uint8 (N, size, size, 3): decoded, or as kept at root where nothing changed since.
+
+    Raises UserError that names all images that can't be read.
+    """
+    cache, key = root / f".decoded_{size}.npz", fingerprint(root, listing, size)
+    images = _read_cache(cache, key)
     if images is None:
-        paths = [path for name in names for path, _ in parts[name]]
-        pixels = decode(paths, size)
-        ends = np.cumsum([len(parts[name]) for name in names])[:-1]
-        images = dict(zip(names, np.split(pixels, ends), strict=True))
+        images = _decode_all(listing, size)
         _write_cache(cache, key, images)
     return images
 
 
-def _read_cache(path: Path, key: str, names: list[str]) -> dict[str, np.ndarray] | None:
+def _decode_all(listing: Files, size: int) -> dict[str, np.ndarray]:
+    everything = ImageFiles([path for found in listing.values() for path, _ in found], size)
+    images, problems, start = np.empty(everything.shape, np.uint8), [], 0
+    for part in everything.read(everything.in_order(), problems):
+        images[start : start + len(part)] = part.numpy()
+        start += len(part)
+    refuse_unreadable(problems)
+    ends = itertools.accumulate(len(found) for found in listing.values())
+    return {part: images[end - len(listing[part]) : end] for part, end in zip(listing, ends, strict=True)}
+
+
+def fingerprint(root: Path, listing: Files, size: int) -> str:
+    """What changes when an image is added, removed, renamed or written anew, or is to have another size."""
+    digest = hashlib.sha256(f"{CACHE_FORMAT} {size}\n".encode())
+    for part, found in listing.items():
+        for path, label in found:
+            name = os.fsencode(os.path.relpath(path, root))
+            digest.update(b"%s\0%s\0%s\0%d\0%d\n" % (part.encode(), label.encode(), name, *_size_and_time(path)))
+    return digest.hexdigest()
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    try:
+        status = os.stat(path)
+    except OSError:  # it will be named with the others that can't be read
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
+
+
+def _read_cache(path: Path, key: str) -> dict[str, np.ndarray] | None:
     """The decoded images in the cache, or None where it is missing, damaged or of other images."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             if str(arrays["key"]) != key:
                 return None
-            return {name: arrays[name] for name in names}
+            return {part: arrays[part] for part in arrays.files if part != "key"}
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None
 
@@ -367,53 +515,3 @@ def _write_cache(path: Path, key: str, images: dict[str, np.ndarray]) -> None:
             np.savez(file, key=np.array(key), **images)
     except UserError as error:
         say(f"the decoded images are not kept, the next start decodes them again ({error})")
-
-
-def known(found: Found, size: int, key: str) -> Known:
-    """What streamed images must tell before they are used, from one pass over them, or as kept since the last one."""
-    path = found.root / f".statistics_{size}.json"
-    try:
-        kept = json.loads(path.read_text())
-        if kept["key"] == key:
-            return Known(tuple(kept["mean"]), tuple(kept["std"]), kept["train"], kept["test"])
-    except (OSError, ValueError, LookupError, TypeError):
-        pass
-    told = _pass_over(found, size)
-    try:
-        files.write_json({"key": key, **told._asdict()}, path)
-    except UserError as error:
-        say(f"what the images tell is not kept, the next start reads them all again ({error})")
-    return told
-
-
-def _pass_over(found: Found, size: int) -> Known:
-    digests, counts, failed = {}, torch.zeros(3, 256, dtype=torch.int64), []
-    for name, listed in (("train", found.train or []), ("test", found.test)):
-        images, digest = ImageFiles([path for path, _ in listed], size), hashlib.sha256()
-        for part in images.read(torch.arange(len(images)).split(250), failed):
-            digest.update(part.numpy())
-            counts += _counts(part) if name == "train" else 0
-        digests[name] = digest.hexdigest()
-    refuse_unreadable(failed)
-    return Known(*_from_counts(counts), **digests)
-
-
-def statistics(images: torch.Tensor) -> tuple[Statistics, Statistics]:
-    """Mean and standard deviation of each channel of the images, uint8 (N, H, W, 3), pixels taken as 0 to 1.
-
-    In float64, from how often each pixel value occurs, so that it does not matter how the images are parted.
-    """
-    return _from_counts(_counts(images))
-
-
-def _counts(images: torch.Tensor) -> torch.Tensor:
-    return torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(3)])
-
-
-def _from_counts(counts: torch.Tensor) -> tuple[Statistics, Statistics]:
-    pixels = torch.arange(256, dtype=torch.float64) / 255
-    shares = counts.double() / counts.double().sum(1, keepdim=True)
-    mean = shares @ pixels
-    std = (shares @ pixels**2 - mean**2).clamp(min=0).sqrt()
-    std[std < 1e-6] = 1.0  # a channel of one value: nothing to stretch
-    return tuple(mean.tolist()), tuple(std.tolist())
