@@ -14,6 +14,7 @@ from torchvision import datasets, transforms
 from torchvision.transforms import functional
 
 import data
+from util import images
 from util.runtime import UserError
 
 CPU = torch.device("cpu")
@@ -250,13 +251,13 @@ def test_class_folders_may_be_links(tree, tmp_path):
 @pytest.fixture
 def decodes(monkeypatch):
     """How many images were decoded."""
-    counted, read = [], data._read_image
+    counted, read = [], images.read_image
 
     def count(path, size):
         counted.append(path)
         return read(path, size)
 
-    monkeypatch.setattr(data, "_read_image", count)
+    monkeypatch.setattr(images, "read_image", count)
     return counted
 
 
