@@ -1,4 +1,4 @@
-"""Data sets as tensors on the device, batches of them, augmentation.
+"""Data sets, in memory or streamed from image files; batches of them on the device; augmentation.
 
 The digits (digits.npz) are the test part of "Optical Recognition of Handwritten Digits" by E. Alpaydin and C. Kaynak,
 UCI Machine Learning Repository, 1998, https://doi.org/10.24432/C50P49, CC BY 4.0: 1,797 images of 8x8 pixels, their
@@ -6,7 +6,9 @@ values 0..16 stretched to 0..255. The split is fixed and stratified: of each cla
 testing.
 """
 
+import base64
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -20,11 +22,24 @@ import numpy as np
 import torch
 from torchvision import datasets
 
-from util import files
-from util.images import Files, ImageFiles, decoded, fingerprint, folder_files, tiny_imagenet_files, tiny_imagenet_root
-from util.images import read_image as _read_image  # noqa: F401
+from util import cifar, files
+from util.images import (
+    TEST,
+    Files,
+    ImageFiles,
+    decoded,
+    find,
+    fingerprint,
+    image_digests,
+    printable,
+    read_image,
+    refuse_unreadable,
+    roots,
+)
 from util.processes import Processes
 from util.runtime import UserError, free_memory, say
+
+_read_image = read_image
 
 DATASETS = ("cifar100", "cifar10", "tiny_imagenet", "folder", "digits")
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
@@ -32,6 +47,7 @@ DIGITS = Path(__file__).with_name("digits.npz")
 PADDING = 4  # of the random crop, in pixels
 OFFSETS = 2 * PADDING + 1  # of the crop's window, down and across
 VIEWS = OFFSETS * OFFSETS * 2  # and flipped or not
+HELD_OUT_SEED = 20  # of its own: the same images are held out whatever a run's seed
 
 Statistics = tuple[float, float, float]  # one value for each of red, green and blue
 
@@ -43,16 +59,29 @@ class Split(NamedTuple):
     labels: torch.Tensor
 
 
+class Fingerprints(NamedTuple):
+    """Of a data set: of all its images and labels, and of those for testing."""
+
+    whole: str
+    test: str
+
+
 @dataclass(frozen=True)
 class Dataset:
-    """A data set in memory, with the statistics of its training images' channels, pixels taken as 0 to 1."""
+    """A data set, with the statistics of its training images' channels, pixels taken as 0 to 1.
+
+    train: None where there are none, to test alone. val: training images that are held out (`holding_out`); they are
+    none of train's. measured: the fingerprints where they are known already, as of streamed images.
+    """
 
     name: str
-    train: Split
+    train: Split | None
     test: Split
     classes: tuple[str, ...]
     mean: Statistics
     std: Statistics
+    val: Split | None = None
+    measured: Fingerprints | None = None
 
     @property
     def num_classes(self) -> int:
@@ -60,26 +89,61 @@ class Dataset:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Differs where an image or a label does; of streamed images, where a file does."""
-        return _digest(self.train, self.test)
+        """Differs where an image or a label does; the same streamed or not, and with images held out or not."""
+        return self.measured.whole if self.measured else _digest(*filter(None, (self.train, self.test)))
 
     @functools.cached_property
     def test_fingerprint(self) -> str:
         """`fingerprint` of the test images alone: results that share it were tested on the same images, in order."""
-        return _digest(self.test)
+        return self.measured.test if self.measured else _digest(self.test)
 
     @property
     def image_size(self) -> int:
         """The side of the images, which are square."""
-        return self.train.images.shape[1]
+        return self.test.images.shape[1]
+
+    def holding_out(self, fraction: float) -> "Dataset":
+        """The same data set, but this part of the training images is in val. Raises UserError as `held_out` does."""
+        train, val = held_out(self.train, fraction, self.num_classes)
+        measured = Fingerprints(self.fingerprint, self.test_fingerprint)  # of the undivided
+        return dataclasses.replace(self, train=train, val=val, measured=measured)
+
+
+def held_out(split: Split, fraction: float, num_classes: int) -> tuple[Split, Split]:
+    """The split without this part of each class, and the part; the same images for every run, in their order.
+
+    Of a class with two images or more at least one is held out. Raises UserError where a class would keep none.
+    """
+    generator, held, bare = torch.Generator().manual_seed(HELD_OUT_SEED), [], 0
+    for label in range(num_classes):
+        members = (split.labels == label).nonzero().flatten()
+        n = max(1, int(fraction * len(members) + 0.5)) if len(members) > 1 else 0
+        bare += 0 < len(members) <= n
+        held.append(members[torch.randperm(len(members), generator=generator)[:n]])
+    if bare:
+        raise UserError(f"holding out {fraction:g} leaves {bare} classes without a training image; hold out less")
+    mask = torch.zeros(len(split.labels), dtype=torch.bool)
+    mask[torch.cat(held)] = True
+    return _subset(split, (~mask).nonzero().flatten()), _subset(split, mask.nonzero().flatten())
+
+
+def _subset(split: Split, index: torch.Tensor) -> Split:
+    images = split.images
+    return Split(images.subset(index) if isinstance(images, ImageFiles) else images[index], split.labels[index])
 
 
 def _digest(*parts: Split) -> str:
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(part.images.numpy() if isinstance(part.images, torch.Tensor) else part.images.key.encode())
+        for images in _pieces(part.images):
+            digest.update(images.numpy())
         digest.update(part.labels.numpy())
     return digest.hexdigest()[:32]
+
+
+def _pieces(images: torch.Tensor | ImageFiles) -> Iterable[torch.Tensor]:
+    """All images, in order, uint8 (B, H, W, 3) at a time."""
+    return images.read(images.in_order()) if isinstance(images, ImageFiles) else [images]
 
 
 class Batch(NamedTuple):
@@ -138,9 +202,8 @@ class Batches:
         return -(-self.n_images // self.batch_size)
 
     def fingerprint(self) -> str:
-        """Differs where the images or their normalisation do."""
-        images = self.split.images
-        digest = hashlib.sha256(images.key.encode() if self.streams else images.numpy())
+        """Differs where the images or their normalisation do; the same streamed or not."""
+        digest = hashlib.sha256(image_digests(self.split.images))
         for tensor in (self.mean, self.std):
             digest.update(tensor.cpu().numpy())
         return digest.hexdigest()
@@ -213,15 +276,20 @@ def _generator(seed: int, epoch: int, purpose: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
 
 
-def load(name: str, data_dir: str | Path = "data", image_size: int | None = None, stream: bool = False) -> Dataset:
+def load(
+    name: str, data_dir: str | Path = "data", image_size: int | None = None, stream: bool = False,
+    classes: tuple[str, ...] | None = None, mean: Statistics | None = None, std: Statistics | None = None,
+) -> Dataset:  # fmt: skip
     """The data set of that name, one of DATASETS, read from data_dir.
 
     image_size: the side that images are resized to; for "folder" (32 if None) and "tiny_imagenet" (64 if None) alone.
     stream: leave these two on the disk and decode their images as they are asked for; done unasked, and said, where
     the decoded images would take more than half of the memory that is free.
+    classes, mean, std: those of a network to be tested, all or none: labels are numbered by these classes, and train is
+    None where its images are missing or are of other classes, too.
     Raises UserError for a data set that is unknown, missing, damaged, or that can't be downloaded.
     """
-    data_dir = Path(data_dir)
+    data_dir = _expanded(data_dir)
     if name not in DATASETS:
         raise UserError(f"unknown data set {name}; there are {', '.join(DATASETS)}")
     if image_size is not None and name not in ("folder", "tiny_imagenet"):
@@ -230,30 +298,60 @@ def load(name: str, data_dir: str | Path = "data", image_size: int | None = None
         raise UserError(f"--image_size {image_size} is too small; the networks need 8 at least")
     if stream and name not in ("folder", "tiny_imagenet"):
         raise UserError(f"--stream: {name} comes in one piece, not as image files; leave the flag away")
-    if name == "digits":
-        return _digits()
+    trained = Trained(tuple(classes), tuple(mean), tuple(std)) if classes and mean and std else None
     if name == "folder":
-        return _images(name, data_dir, folder_files(data_dir), image_size or 32, stream)
+        return _images(name, *find(data_dir, TEST, classes), image_size or 32, stream, trained)
     if name == "tiny_imagenet":
-        root = tiny_imagenet_root(data_dir)
-        return _images(name, root, tiny_imagenet_files(root), image_size or 64, stream)
-    return _cifar(name, data_dir)
+        return _tiny_imagenet(data_dir, image_size or 64, stream, trained)
+    dataset = _digits() if name == "digits" else _cifar(name, data_dir)
+    return _as_trained(dataset, trained) if trained else dataset
+
+
+class Trained(NamedTuple):
+    """What a network was trained with."""
+
+    classes: tuple[str, ...]
+    mean: Statistics
+    std: Statistics
+
+
+def _expanded(data_dir: str | Path) -> Path:
+    try:
+        return Path(data_dir).expanduser()
+    except RuntimeError as error:  # ~somebody whom the system does not know
+        raise UserError(f"--data_dir {data_dir}: {error}") from None
+
+
+def _as_trained(dataset: Dataset, trained: Trained) -> Dataset:
+    """The data set for the network to be tested on. Raises UserError for a test class that it does not know."""
+    test = _numbered(dataset.test, dataset.classes, trained.classes)
+    if test is None:
+        unknown = sorted({dataset.classes[label] for label in dataset.test.labels.unique()} - set(trained.classes))
+        raise UserError(f"{dataset.name}: the network was trained on other classes; it does not know {unknown[0]}")
+    train = dataset.train and _numbered(dataset.train, dataset.classes, trained.classes)
+    return dataclasses.replace(dataset, train=train, test=test, **trained._asdict())
+
+
+def _numbered(split: Split, own: tuple[str, ...], classes: tuple[str, ...]) -> Split | None:
+    """The split, its labels, numbers in `own`, as those in `classes`; None where one of them is missing there."""
+    number = {name: index for index, name in enumerate(classes)}
+    labels = torch.tensor([number.get(name, -1) for name in own])[split.labels]
+    return None if (labels < 0).any() else Split(split.images, labels)
 
 
 def _dataset(name: str, train: Split, test: Split, classes: tuple[str, ...]) -> Dataset:
     if name == "cifar100":
         return Dataset(name, train, test, classes, CIFAR100_MEAN, CIFAR100_STD)
-    return Dataset(name, train, test, classes, *_statistics([train.images]))
+    return Dataset(name, train, test, classes, *_statistics(_value_counts(train.images)))
 
 
-def _statistics(parts: Iterable[torch.Tensor]) -> tuple[Statistics, Statistics]:
-    """Mean and standard deviation of each channel of the images in all parts, uint8 (B, H, W, 3) each.
+def _value_counts(images: torch.Tensor) -> torch.Tensor:
+    """How often each pixel value occurs in each channel of uint8 (B, H, W, 3): int64 (3, 256)."""
+    return torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(3)])
 
-    In float64, from how often each pixel value occurs, so that it does not matter how the images are parted.
-    """
-    counts = torch.zeros(3, 256, dtype=torch.int64)
-    for images in parts:
-        counts += torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(3)])
+
+def _statistics(counts: torch.Tensor) -> tuple[Statistics, Statistics]:
+    """Mean and standard deviation of each channel, from `_value_counts`: it does not matter how images are parted."""
     pixels = torch.arange(256, dtype=torch.float64) / 255
     shares = counts.double() / counts.double().sum(1, keepdim=True)
     mean = shares @ pixels
@@ -275,64 +373,119 @@ def _digits() -> Dataset:
 
 
 def _cifar(name: str, data_dir: Path) -> Dataset:
-    """CIFAR-10 or CIFAR-100 by torchvision, downloaded where it is not there yet."""
+    """CIFAR-10 or CIFAR-100 from any copy in data_dir, downloaded where there is none."""
+    kind = cifar.KINDS[name]
+    parts = cifar.read(kind, data_dir)
+    if parts is None:
+        _download_cifar(name, data_dir)
+        parts = cifar.read(kind, data_dir)
+    train, test = (Split(torch.from_numpy(parts[part].images), torch.from_numpy(parts[part].labels)) for part in parts)
+    return _dataset(name, train, test, kind.classes)
+
+
+def _download_cifar(name: str, data_dir: Path) -> None:
     kind = datasets.CIFAR100 if name == "cifar100" else datasets.CIFAR10
-    with contextlib.redirect_stdout(sys.stderr):  # torchvision's remarks are no figures
-        try:
-            parts = [kind(data_dir, train=train, download=False) for train in (True, False)]
-        except RuntimeError:  # missing, or a file is not as its checksum says
-            parts = _download_cifar(kind, name, data_dir)
-    # torchvision gives a transposed view, whose memory no digest and no copy could read from end to end.
-    arrays = [np.ascontiguousarray(part.data) for part in parts]
-    labels = [torch.tensor(part.targets) for part in parts]
-    train, test = (Split(torch.from_numpy(images), numbers) for images, numbers in zip(arrays, labels, strict=True))
-    return _dataset(name, train, test, tuple(parts[0].classes))
-
-
-def _download_cifar(kind: type[datasets.CIFAR10], name: str, data_dir: Path) -> list[datasets.CIFAR10]:
+    archive = data_dir / kind.filename
+    damaged = f"{archive} is incomplete or damaged, and " if archive.exists() else ""
     try:
-        return [kind(data_dir, train=train, download=True) for train in (True, False)]
+        with contextlib.redirect_stdout(sys.stderr):  # torchvision's remarks are no figures
+            kind(data_dir, download=True)
     except (OSError, RuntimeError) as error:  # no network; what came is damaged
-        damaged = f"{data_dir / kind.base_folder} is incomplete or damaged, and " if _exists(kind, data_dir) else ""
         raise UserError(
             f"{damaged}{name} can't be downloaded ({error}); put {kind.filename} (from {kind.url}) into {data_dir}, "
             "or use --dataset digits or --dataset folder, which need no network"
         ) from None
 
 
-def _exists(kind: type[datasets.CIFAR10], data_dir: Path) -> bool:
-    return (data_dir / kind.base_folder).exists() or (data_dir / kind.filename).exists()
+def _tiny_imagenet(data_dir: Path, size: int, stream: bool, trained: Trained | None) -> Dataset:
+    """Its labelled validation images are the test images; those in test/ have no labels."""
+    root = data_dir / "tiny-imagenet-200"
+    root = root if root.is_dir() else data_dir
+    if not roots(root) and not trained:
+        raise UserError(f"{data_dir} holds no tiny-imagenet-200 folder; unpack tiny-imagenet-200.zip there")
+    found = find(root, ("val", *(name for name in TEST if name != "val")), trained and trained.classes)
+    return _images("tiny_imagenet", *found, size, stream, trained)
 
 
-def _images(name: str, root: Path, listing: Files, size: int, stream: bool) -> Dataset:
+def _images(name: str, root: Path, listing: Files, size: int, stream: bool, trained: Trained | None) -> Dataset:
     """The data set of these image files, decoded or, to stream or where that would not fit the memory, not."""
-    classes = tuple(sorted({label for _, label in listing["train"]}))
+    own = tuple(sorted({label for found in listing.values() for _, label in found}))
+    classes = trained.classes if trained else own
+    if len(classes) < 2:
+        raise UserError(f"{printable(root)} has one class alone, {own[0]}; to tell apart there must be two at least")
     number = {label: index for index, label in enumerate(classes)}
+    if any(label not in number for _, label in listing.get("train", ())):  # another data set's, to test on alone
+        listing = {"test": listing["test"]}
     labels = {part: torch.tensor([number[label] for _, label in found]) for part, found in listing.items()}
-    key = fingerprint(root, listing, size)
     needed, there = size * size * 3 * sum(map(len, listing.values())), free_memory(torch.device("cpu"))
     if not stream and 0 < there < 2 * needed:
         stream = True
         say(f"streaming: decoded, the images would take {needed / 1e9:.1f} GB, of memory {there / 1e9:.1f} GB are free")
-    if not stream:
-        images = decoded(root, listing, size, key)
-        return _dataset(name, *(Split(torch.from_numpy(images[part]), labels[part]) for part in listing), classes)
-    train, test = (Split(ImageFiles([path for path, _ in listing[part]], size, key), labels[part]) for part in listing)
-    return Dataset(name, train, test, classes, *_streamed_statistics(train.images, root))
+    if stream:
+        paths = {part: [path for path, _ in found] for part, found in listing.items()}
+        key = hashlib.sha256(fingerprint(root, listing, size).encode() + b"".join(x.numpy() for x in labels.values()))
+        measured = _measured(paths, labels, size, root / f".statistics_{size}.json", key.hexdigest())
+        images = {part: ImageFiles(paths[part], size, measured.digests[part]) for part in listing}
+        mean, std, fingerprints = measured.mean, measured.std, measured.fingerprints
+    else:
+        images = {part: torch.from_numpy(array) for part, array in decoded(root, listing, size).items()}
+        (mean, std), fingerprints = trained[1:] if trained else _statistics(_value_counts(images["train"])), None
+    splits = {part: Split(images[part], labels[part]) for part in listing}
+    dataset = Dataset(name, splits.get("train"), splits["test"], classes, mean, std, measured=fingerprints)
+    return dataclasses.replace(dataset, mean=trained.mean, std=trained.std) if trained else dataset
 
 
-def _streamed_statistics(images: ImageFiles, root: Path) -> tuple[Statistics, Statistics]:
-    """Mean and standard deviation, from one pass over the files, or as kept beside them since the last one."""
-    path = root / f".statistics_{images.shape[1]}.json"
+class Measured(NamedTuple):
+    """What one pass over image files tells: mean and std of the first part; of each, its images' digests."""
+
+    mean: Statistics
+    std: Statistics
+    fingerprints: Fingerprints
+    digests: dict[str, np.ndarray]
+
+
+def _measured(
+    paths: dict[str, list[Path]], labels: dict[str, torch.Tensor], size: int, path: Path, key: str
+) -> Measured:
+    """From one pass over the files, or as kept in `path` since the last one, where nothing changed."""
+    measured = _read_measured(path, key)
+    if measured is None:
+        measured = _measure({part: Split(ImageFiles(paths[part], size), labels[part]) for part in paths})
+        digests = {part: base64.b64encode(own).decode() for part, own in measured.digests.items()}
+        try:
+            files.write_json({"key": key, **measured._asdict(), "digests": digests}, path)
+        except UserError as error:
+            say(f"the images' mean is not kept, the next start reads them all again ({error})")
+    return measured
+
+
+def _read_measured(path: Path, key: str) -> Measured | None:
     try:
         kept = json.loads(path.read_text())
-        if kept["key"] == images.key:
-            return tuple(kept["mean"]), tuple(kept["std"])
-    except (OSError, ValueError, LookupError, TypeError):
-        pass
-    mean, std = _statistics(images.read(torch.arange(len(images)).split(250)))
-    try:
-        files.write_json({"key": images.key, "mean": mean, "std": std}, path)
-    except UserError as error:
-        say(f"the images' mean is not kept, the next start reads them all again ({error})")
-    return mean, std
+        if kept["key"] != key:
+            return None
+        digests = {
+            part: np.frombuffer(base64.b64decode(own), np.uint8).reshape(-1, 16)
+            for part, own in kept["digests"].items()
+        }
+        return Measured(tuple(kept["mean"]), tuple(kept["std"]), Fingerprints(*kept["fingerprints"]), digests)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
+def _measure(splits: dict[str, Split]) -> Measured:
+    """Read all images once. Raises UserError that names all that can't be read."""
+    whole, counts, digests, problems = hashlib.sha256(), [], {}, []
+    for part, split in splits.items():
+        alone, own, values = hashlib.sha256(), [], torch.zeros(3, 256, dtype=torch.int64)
+        for images in split.images.read(split.images.in_order(), problems):
+            for digest in (whole, alone):
+                digest.update(images.numpy())
+            own.append(image_digests(images))
+            values += _value_counts(images)
+        for digest in (whole, alone):
+            digest.update(split.labels.numpy())
+        digests[part] = np.concatenate(own)
+        counts.append(values)
+    refuse_unreadable(problems)  # the last part is test
+    return Measured(*_statistics(counts[0]), Fingerprints(whole.hexdigest()[:32], alone.hexdigest()[:32]), digests)

@@ -1,122 +1,478 @@
 """Image files: found, listed, decoded, and kept decoded beside them."""
 
+import functools
 import hashlib
+import itertools
+import logging
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import unicodedata
+import warnings
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 
 from util import files
 from util.processes import local_size
 from util.runtime import UserError, say
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".tiff"}
-CACHE_FORMAT = 2
+TRAIN = ("train", "training")
+TEST = ("test", "val", "valid", "validation", "testing")
+# What systems, archives and network drives leave in folders, and Tiny ImageNet's own notes; and all that is hidden.
+JUNK = {
+    "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "@tmp", "@recycle", "#recycle",
+    "$recycle.bin", "system volume information", "lost+found", "__pycache__", "val_annotations.txt",
+}  # fmt: skip
+CACHE_FORMAT = 3
+CHUNK = 4  # images that a thread decodes at a time
 
-
-class ImageFiles(torch.utils.data.Dataset):
-    """Images on the disk, decoded each time they are asked for: for sets that memory does not hold.
-
-    key: differs where the files do.
-    """
-
-    def __init__(self, paths: list[Path], size: int, key: str):
-        # One array: a list of a million paths would be copied into each worker as its reference counts change.
-        self.paths, self.key = np.array([os.fsencode(path) for path in paths]), key
-        self.shape = (len(paths), size, size, 3)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return torch.from_numpy(np.array(read_image(Path(os.fsdecode(self.paths[index])), self.shape[1])))
-
-    def read(self, parts: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """The images of each part (indices), uint8 (B, H, W, 3), decoded by worker processes.
-
-        Raises UserError for an image that can't be read.
-        """
-        loader = torch.utils.data.DataLoader(
-            self,
-            batch_sampler=[part.tolist() for part in parts],
-            num_workers=max(1, min(16, (os.cpu_count() or 1) // local_size())),
-            generator=torch.Generator(),  # it draws a seed for the workers, not from the run's own generator
-        )
-        try:
-            yield from loader
-        except UserError as error:  # a worker's traceback and, at its end, what it raised
-            raise UserError(str(error).rstrip().rpartition("UserError: ")[2]) from None
-
+# The user's own files: a large photograph or a long comment is no attack. Pillow's remarks would not name the image.
+Image.MAX_IMAGE_PIXELS = None
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 30
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 Files = dict[str, list[tuple[Path, str]]]  # for "train" and "test": each image and its class
 
 
-def folder_files(root: Path) -> Files:
-    """The images of train/<class>/* and test/<class>/*; class folders may be links."""
-    listing = {part: _class_files(root / part, root) for part in ("train", "test")}
-    only = {part: {name for _, name in found} for part, found in listing.items()}
-    for part, other in (("train", "test"), ("test", "train")):
-        if extra := sorted(only[part] - only[other]):
-            names = ", ".join(extra[:5]) + (f" and {len(extra) - 5} more" if len(extra) > 5 else "")
-            raise UserError(f"{root}: classes in {part}/ that are not in {other}/: {names}; both need the same")
-    return listing
+# finding
 
 
-def _class_files(part: Path, root: Path) -> list[tuple[Path, str]]:
-    if not part.is_dir():
-        raise UserError(f"{part} is not there; {root} must hold train/<class>/<images> and test/<class>/<images>")
-    classes = sorted(entry for entry in part.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    files = [(path, folder.name) for folder in classes for path in _images_in(folder)]
-    if not files:
-        raise UserError(f"{part} holds no images; it must hold a folder of images for each class")
-    return files
+class Found(NamedTuple):
+    """root: where they lie; files: those of "train" (where it is there) and "test", in a fixed order."""
+
+    root: Path
+    files: Files
 
 
-def _images_in(folder: Path) -> list[Path]:
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
-    if not paths:
-        raise UserError(f"{folder} holds no images ({' '.join(sorted(SUFFIXES))})")
-    return paths
+@dataclass
+class _Notes:
+    """What was left out of a folder of classes."""
+
+    no_images: list[Path] = field(default_factory=list)
+    no_class: list[Path] = field(default_factory=list)
+    empty: list[str] = field(default_factory=list)
 
 
-def tiny_imagenet_root(data_dir: Path) -> Path:
-    for root in (data_dir / "tiny-imagenet-200", data_dir):
-        if (root / "val" / "val_annotations.txt").is_file():
-            return root
-    raise UserError(f"{data_dir} holds no tiny-imagenet-200 folder; unpack tiny-imagenet-200.zip there")
+def find(data_dir: Path, tests: Sequence[str] = TEST, classes: Collection[str] | None = None) -> Found:
+    """The images of train/<class>/ and test/<class>/, at any depth, in data_dir or one level down.
+
+    tests: names of the folder of test images, the preferred first. classes: a network's to be tested, which those of
+    the test images must be among; train/ may be missing then.
+    Says what was left out, and which folders were taken where they are not data_dir/train and data_dir/test.
+    Raises UserError for missing folders or images, and for a test class that is none of the classes.
+    """
+    root = _root(data_dir, tests, classes)
+    notes, listing = _Notes(), {}
+    train = next(iter(part_folders(root, TRAIN)), None)
+    if train is not None:
+        listing["train"] = class_files(train, notes)
+        if not listing["train"]:
+            raise UserError(f"{printable(train)} holds no images; it must hold a folder of images for each class")
+    own = {label for _, label in listing.get("train", ())}
+    test, listing["test"] = _test_files(
+        root, tests, set(classes or own), f"{train.name}/" if not classes else "", notes
+    )
+    if (train or data_dir / "train", test) != (data_dir / "train", data_dir / tests[0]):
+        say(f"images: {' and '.join(printable(folder) for folder in (train, test) if folder)}")
+    _say_left_out(notes, own - {label for _, label in listing["test"]}, own)
+    return Found(root, listing)
 
 
-def tiny_imagenet_files(root: Path) -> Files:
-    """The standard layout; its labelled validation images are the test images."""
-    train = [
-        (path, folder.name)
-        for folder in sorted((root / "train").glob("*"))
-        if folder.is_dir()
-        for path in _images_in(folder / "images")
-    ]
-    lines = (root / "val" / "val_annotations.txt").read_text().splitlines()
+def roots(data_dir: Path, names: Sequence[str] = TRAIN) -> list[Path]:
+    """data_dir where it holds a folder of one of these names, else all folders in it that do."""
+    if part_folders(data_dir, names) or not data_dir.is_dir():
+        return [data_dir]
+    below = [Path(entry.path) for entry in _entries(data_dir) if _is_folder(entry)]
+    return [folder for folder in below if os.access(folder, os.R_OK) and part_folders(folder, names)]
+
+
+def _root(data_dir: Path, tests: Sequence[str], classes: Collection[str] | None) -> Path:
+    found = roots(data_dir)
+    if classes and not (found and part_folders(found[0], TRAIN)):
+        found = roots(data_dir, tests)
+    if len(found) > 1:
+        raise UserError(f"{data_dir} holds several data sets: {_some([root.name for root in found])}; give one of them")
+    root = found[0] if found else data_dir
+    if not part_folders(root, tests if classes else TRAIN):
+        part = tests[0] if classes else "train"
+        raise UserError(
+            f"{data_dir / part} is not there; {data_dir} must hold train/<class>/<images> and test/<class>/<images>"
+        )
+    return root
+
+
+def part_folders(root: Path, names: Sequence[str]) -> list[Path]:
+    """The root's folders of these names, in that order, in whatever case they are written."""
+    if not root.is_dir():
+        return []
+    there: dict[str, Path] = {}
+    for entry in _entries(root):
+        if _is_folder(entry):
+            there.setdefault(entry.name.casefold(), Path(entry.path))
+    return [_entered(root / name if (root / name).is_dir() else there[name]) for name in names if name in there]
+
+
+def _entered(folder: Path) -> Path:
+    """Some archives hold train/train/<class>."""
+    inside = [entry for entry in _entries(folder) if _is_folder(entry)]
+    same = len(inside) == 1 and inside[0].name.casefold() == folder.name.casefold()
+    return Path(inside[0].path) if same else folder
+
+
+def class_files(part: Path, notes: _Notes | None = None) -> list[tuple[Path, str]]:
+    """The images in each folder of `part`, and its name as their class; class folders may be links."""
+    notes, found = notes or _Notes(), []
+    above = {_identity(folder) for folder in (part.resolve(), *part.resolve().parents)}
+    for entry in _entries(part):
+        if not _is_folder(entry):
+            notes.no_class.append(Path(entry.path))
+        elif images := list(_images_below(entry.path, set(above), notes)):
+            found += [(path, class_name(entry.name)) for path in images]
+        else:
+            notes.empty.append(class_name(entry.name))
+    return found
+
+
+def _images_below(folder: str, seen: set[tuple[int, int]], notes: _Notes) -> Iterator[Path]:
+    """seen: folders not to enter (again), or links that go up or around would never end."""
+    identity = _identity(folder)
+    if identity in seen:
+        return
+    seen.add(identity)
+    for entry in _entries(folder):
+        if _is_folder(entry):
+            yield from _images_below(entry.path, seen, notes)
+        elif _is_image(entry):
+            yield Path(entry.path)
+        else:
+            notes.no_images.append(Path(entry.path))
+
+
+def _test_files(
+    root: Path, tests: Sequence[str], wanted: set[str], where: str, notes: _Notes
+) -> tuple[Path, list[tuple[Path, str]]]:
+    """The first of the folders that holds images of a wanted class: test/ often holds images without a class."""
+    refused = None
+    for folder in part_folders(root, tests):
+        own = _Notes()
+        found = _annotated_files(folder) or class_files(folder, own)
+        unknown = sorted({label for _, label in found} - wanted)
+        if len(unknown) < len({label for _, label in found}):
+            if unknown:
+                raise UserError(_unknown_classes(root, folder, unknown, where))
+            notes.no_images += own.no_images
+            notes.no_class += own.no_class
+            notes.empty += [name for name in own.empty if name not in wanted]
+            return folder, found
+        if unknown and refused is None:
+            refused = _unknown_classes(root, folder, unknown, where)
+    if refused is None:
+        folder = next(iter(part_folders(root, tests)), None)
+        state = "is not there" if folder is None else "holds no images in class folders"
+        refused = f"{folder or root / tests[0]} {state}; {root} must hold test/<class>/<images> (or val/, valid/, ...)"
+    raise UserError(refused)
+
+
+def _unknown_classes(root: Path, folder: Path, unknown: list[str], where: str) -> str:
+    return f"{printable(root)}: classes in {folder.name}/ {where}: {_some(unknown)}"
+
+
+def _annotated_files(folder: Path) -> list[tuple[Path, str]]:
+    """Tiny ImageNet's test images (its val/): images/<name>, whose classes stand in a file. Empty where it isn't so."""
+    notes = folder / "val_annotations.txt"
+    if not notes.is_file() or not (folder / "images").is_dir():
+        return []
+    lines = notes.read_text("utf-8", "surrogateescape").splitlines()
     fields = [line.split("\t") for line in lines if line.strip()]
-    test = [(root / "val" / "images" / field[0], field[1]) for field in fields if len(field) > 1]
-    if not train or not test:
-        raise UserError(f"{root}: train/ or val/ holds no images; unpack tiny-imagenet-200.zip again")
-    if unknown := {name for _, name in test} - {name for _, name in train}:
-        raise UserError(f"{root}: val_annotations.txt names {min(unknown)}, which is no class of train/")
-    return {"train": train, "test": test}
+    listed = [(folder / "images" / field[0], class_name(field[1])) for field in fields if len(field) > 1]
+    there = {entry.name for entry in _entries(folder / "images")}
+    return listed if there else []
 
 
-def decoded(root: Path, listing: Files, size: int, key: str) -> dict[str, np.ndarray]:
-    """Decode the images, or take them from the cache beside them where nothing changed since."""
-    cache = root / f".decoded_{size}.npz"
+def _say_left_out(notes: _Notes, untested: set[str], own: set[str]) -> None:
+    for paths, reason in ((notes.no_images, "no images"), (notes.no_class, "in no class folder")):
+        if paths:
+            names = _some([f"{path.parent.name}/{path.name}" for path in paths], 3)
+            say(f"{len(paths)} {'files' if len(paths) > 1 else 'file'} left out, {reason}: {names}")
+    if notes.empty:
+        say(f"class folders left out, without images: {_some(notes.empty)}")
+    if untested:
+        say(f"no test images of {len(untested)} of {len(own)} classes: {_some(sorted(untested))}; tested without")
+
+
+def _some(names: Sequence[str | Path], n: int = 5) -> str:
+    """The first of the names, and how many more there are."""
+    more = f" and {len(names) - n:,} more" if len(names) > n else ""
+    return ", ".join(printable(name) for name in names[:n]) + more
+
+
+def printable(path: str | Path) -> str:
+    """The path with those bytes escaped that are no UTF-8, which could not be printed."""
+    return os.fsencode(path).decode(errors="backslashreplace").replace("\n", "\\n")
+
+
+def class_name(folder: str) -> str:
+    """A folder's name as its class: printable, and the same for both ways in which systems write an accent."""
+    return unicodedata.normalize("NFC", printable(folder))
+
+
+def _entries(folder: str | Path) -> list[os.DirEntry]:
+    """What the folder holds, sorted, without what is hidden or junk. Raises UserError where it can't be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((entry for entry in entries if not _is_junk(entry.name)), key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"cannot read {printable(folder)}: {error.strerror}") from None
+
+
+def _is_junk(name: str) -> bool:
+    return name.startswith(".") or name.casefold() in JUNK or name.endswith("_boxes.txt")
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    try:
+        status = os.stat(folder)
+    except OSError as error:
+        raise UserError(f"cannot read {printable(folder)}: {error.strerror}") from None
+    return status.st_dev, status.st_ino
+
+
+def _is_image(entry: os.DirEntry) -> bool:
+    """By its extension, else by what it holds. A link that leads nowhere is one that can't be read."""
+    if not entry.is_file(follow_symlinks=False) and os.path.exists(entry.path) and not os.path.isfile(entry.path):
+        return False  # a pipe, a socket
+    if os.path.splitext(entry.name)[1].lower() in _formats().extensions:
+        return True
+    try:
+        with Image.open(entry.path, formats=_formats().by_content):
+            return True
+    except Exception:  # Pillow's plugins raise anything
+        return False
+
+
+class _Formats(NamedTuple):
+    """readable: what Pillow reads; by_content: those it knows by their first bytes; extensions: of the readable."""
+
+    readable: list[str]
+    by_content: list[str]
+    extensions: set[str]
+
+
+@functools.cache
+def _formats() -> _Formats:
+    Image.init()
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    readable = [name for name in Image.ID if name != "EPS" and not _is_stub(Image.OPEN[name][0])]  # EPS is a program
+    extensions = {suffix for suffix, name in Image.registered_extensions().items() if name in readable}
+    return _Formats(readable, [name for name in readable if Image.OPEN[name][1]], extensions)
+
+
+def _is_stub(plugin: object) -> bool:
+    """Formats that Pillow knows, but for which it needs another library."""
+    return isinstance(plugin, type) and issubclass(plugin, ImageFile.StubImageFile)
+
+
+# decoding
+
+
+def read_image(path: Path, size: int) -> Image.Image:
+    """The image in RGB, upright, scaled (Lanczos) to cover size x size and cut to it around its centre.
+
+    Of several frames the first. What is transparent is white. For values that are not of 8 bits see `_in_8_bits`.
+    Raises UserError for one that can't be read, or not to its end.
+    """
+    try:
+        with Image.open(path, formats=_formats().readable) as image:
+            image.load()
+            rgb = _in_rgb(_in_8_bits(_upright(image)))
+        return rgb if rgb.size == (size, size) else ImageOps.fit(rgb, (size, size), Image.Resampling.LANCZOS)
+    except Exception as error:  # Pillow's plugins raise anything
+        reason = printable(str(error) or type(error).__name__).partition("\n")[0]
+        reason = "no image that Pillow can read" if isinstance(error, Image.UnidentifiedImageError) else reason
+        raise UserError(f"cannot read the image {printable(path)}: {reason}; mend or remove it") from None
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF says; damaged EXIF says nothing."""
+    try:
+        turn = _TURNS.get(image.getexif().get(0x0112))
+    except Exception:
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """Grey values of 16 or 32 bits, or floats, scaled to 0..255, as Pillow would cut them off at 255.
+
+    Black is 0. White is the lowest of 1 (of floats alone), 255, 65535 and 2^31 - 1 (of integers alone) that none of the
+    values exceeds; or their highest, where that would leave the image darker than a sixteenth of white (as with cameras
+    of 10 and 12 bits). Floats from -1 to 1 are scaled as such. Raises ValueError for others below 0, and for NaN.
+    """
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image
+    values = np.asarray(image).astype(np.float64)
+    lowest, highest = values.min(), values.max()
+    if not np.isfinite(values).all():
+        raise ValueError("it holds NaN or infinite values")
+    floats = image.mode == "F"
+    if lowest < -max(highest, 0) / 16:  # less is what an interpolation leaves, and cut off
+        if not floats or lowest < -1 or highest > 1:
+            raise ValueError(f"what is black and white in values from {lowest:g} to {highest:g} can't be told")
+        values, highest = (values + 1) / 2, 1.0
+    white = next((w for w in ((1, 255, 65535) if floats else (255, 65535, 2**31 - 1)) if w >= highest), highest)
+    if highest < white / 16:
+        white = highest or 1
+    return Image.fromarray((values.clip(0) * 255 / white + (0.5 if floats else 0)).astype(np.uint8))
+
+
+def _in_rgb(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+
+
+class ImageFiles:
+    """Images on the disk, decoded each time they are asked for: for sets that memory does not hold.
+
+    shape: (N, size, size, 3), as if they were a tensor. digests: of each image, as `image_digests` gives them; where
+    they are not given, all images are read when they are first asked for.
+    """
+
+    def __init__(self, paths: Sequence[str | bytes | Path], size: int, digests: np.ndarray | None = None):
+        self.paths = [os.fsencode(path) for path in paths]
+        self.shape = (len(paths), size, size, 3)
+        self._digests = digests
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @property
+    def digests(self) -> np.ndarray:
+        if self._digests is None:
+            self._digests = np.concatenate([image_digests(images) for images in self.read(self.in_order())])
+        return self._digests
+
+    def subset(self, index: torch.Tensor) -> "ImageFiles":
+        """Those with these indices (int64, on the CPU)."""
+        digests = None if self._digests is None else self._digests[index.numpy()]
+        return ImageFiles([self.paths[i] for i in index.tolist()], self.shape[1], digests)
+
+    def in_order(self) -> Sequence[torch.Tensor]:
+        """All indices, in parts to `read`."""
+        return torch.arange(len(self)).split(250)
+
+    def read(self, parts: Sequence[torch.Tensor], problems: list[UserError] | None = None) -> Iterator[torch.Tensor]:
+        """The images of each part (indices), uint8 (B, H, W, 3), decoded ahead by threads (Pillow lets go of the lock).
+
+        problems: where those of images that can't be read are gathered; without it UserError is raised for them.
+        """
+        threads = _threads()
+        pool = ThreadPoolExecutor(threads)
+        ahead: deque[tuple[torch.Tensor, list[Future]]] = deque()
+        try:
+            for part in itertools.chain(parts, [None]):
+                if part is not None:
+                    ahead.append(self._start(pool, part))
+                while ahead and (part is None or (len(ahead) > 2 and _in_work(ahead) > 4 * CHUNK * threads)):
+                    images, started = ahead.popleft()
+                    found = [problem for future in started for problem in future.result()]
+                    if problems is None:
+                        refuse_unreadable(found)
+                    else:
+                        problems += found
+                    yield images
+        finally:  # whoever was reading may have stopped, by Ctrl-C for one
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _start(self, pool: ThreadPoolExecutor, part: torch.Tensor) -> tuple[torch.Tensor, list[Future]]:
+        images = np.empty((len(part), *self.shape[1:]), np.uint8)
+        paths = [self.paths[i] for i in part.tolist()]
+        starts = range(0, len(paths), CHUNK)
+        chunks = [(images[start : start + CHUNK], paths[start : start + CHUNK]) for start in starts]
+        return torch.from_numpy(images), [pool.submit(_decode, *chunk) for chunk in chunks]
+
+
+def _in_work(ahead: Sequence[tuple[torch.Tensor, list[Future]]]) -> int:
+    return sum(len(images) for images, _ in ahead)
+
+
+def _threads() -> int:
+    return max(1, min(16, (os.cpu_count() or 1) // local_size()))
+
+
+def _decode(images: np.ndarray, paths: Sequence[bytes]) -> list[UserError]:
+    """Decode the files into the array, uint8 (N, size, size, 3), and give the problems with those that can't be."""
+    problems = []
+    for index, path in enumerate(paths):
+        try:
+            images[index] = read_image(Path(os.fsdecode(path)), images.shape[1])
+        except UserError as error:
+            error.path = path
+            problems.append(error)
+    return problems
+
+
+def refuse_unreadable(problems: list[UserError]) -> None:
+    """Raises one UserError that names all images with these problems, if there are any."""
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        names = _some([os.fsdecode(problem.path) for problem in problems])
+        raise UserError(f"{len(problems):,} images can't be read: {names}; mend or remove them")
+
+
+def image_digests(images: torch.Tensor | ImageFiles) -> np.ndarray:
+    """A digest of each image's pixels, uint8 (N, 16)."""
+    if isinstance(images, ImageFiles):
+        return images.digests
+    digests = [hashlib.sha256(image).digest()[:16] for image in images.numpy()]
+    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16)
+
+
+# keeping
+
+
+def decoded(root: Path, listing: Files, size: int) -> dict[str, np.ndarray]:
+    """The images of each part, uint8 (N, size, size, 3): decoded, or as kept at root where nothing changed since.
+
+    Raises UserError that names all images that can't be read.
+    """
+    cache, key = root / f".decoded_{size}.npz", fingerprint(root, listing, size)
     images = _read_cache(cache, key)
     if images is None:
-        images = {part: _decode([path for path, _ in found], size) for part, found in listing.items()}
+        images = _decode_all(listing, size)
         _write_cache(cache, key, images)
     return images
+
+
+def _decode_all(listing: Files, size: int) -> dict[str, np.ndarray]:
+    everything = ImageFiles([path for found in listing.values() for path, _ in found], size)
+    images, problems, start = np.empty(everything.shape, np.uint8), [], 0
+    for part in everything.read(everything.in_order(), problems):
+        images[start : start + len(part)] = part.numpy()
+        start += len(part)
+    refuse_unreadable(problems)
+    ends = itertools.accumulate(len(found) for found in listing.values())
+    return {part: images[end - len(listing[part]) : end] for part, end in zip(listing, ends, strict=True)}
 
 
 def fingerprint(root: Path, listing: Files, size: int) -> str:
@@ -124,46 +480,17 @@ def fingerprint(root: Path, listing: Files, size: int) -> str:
     digest = hashlib.sha256(f"{CACHE_FORMAT} {size}\n".encode())
     for part, found in listing.items():
         for path, label in found:
-            status = _status(path)
-            digest.update(f"{part}\0{label}\0{path.name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+            name = os.fsencode(os.path.relpath(path, root))
+            digest.update(b"%s\0%s\0%s\0%d\0%d\n" % (part.encode(), label.encode(), name, *_size_and_time(path)))
     return digest.hexdigest()
 
 
-def _status(path: Path) -> os.stat_result:
+def _size_and_time(path: Path) -> tuple[int, int]:
     try:
-        return path.stat()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-
-
-def _decode(paths: list[Path], size: int) -> np.ndarray:
-    """uint8 (N, size, size, 3), decoded by as many threads as there are cores (Pillow lets go of the lock)."""
-    images = np.empty((len(paths), size, size, 3), np.uint8)
-
-    def decode(index: int) -> None:
-        images[index] = read_image(paths[index], size)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(decode, range(len(paths))):
-            pass
-    return images
-
-
-def read_image(path: Path, size: int) -> Image.Image:
-    """The image in RGB, upright, scaled (Lanczos) to cover size x size and cut to it around its centre."""
-    try:
-        with Image.open(path) as image:
-            rgb = ImageOps.exif_transpose(_in_8_bits(image)).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read the image {path}: {error}; mend or remove it") from None
-    return rgb if rgb.size == (size, size) else ImageOps.fit(rgb, (size, size), Image.Resampling.LANCZOS)
-
-
-def _in_8_bits(image: Image.Image) -> Image.Image:
-    """Pillow cuts grey values of 16 bits off at 255 where it is not told to scale them."""
-    if not image.mode.startswith("I;16"):
-        return image
-    return Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        status = os.stat(path)
+    except OSError:  # it will be named with the others that can't be read
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
 
 
 def _read_cache(path: Path, key: str) -> dict[str, np.ndarray] | None:
@@ -172,7 +499,7 @@ def _read_cache(path: Path, key: str) -> dict[str, np.ndarray] | None:
         with np.load(path, allow_pickle=False) as arrays:
             if str(arrays["key"]) != key:
                 return None
-            return {part: arrays[part] for part in ("train", "test")}
+            return {part: arrays[part] for part in arrays.files if part != "key"}
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None
 
