@@ -300,7 +300,7 @@ def load(
         raise UserError(f"--stream: {name} comes in one piece, not as image files; leave the flag away")
     trained = Trained(tuple(classes), tuple(mean), tuple(std)) if classes and mean and std else None
     if name == "folder":
-        return _images(name, *find(data_dir, TEST, classes), image_size or 32, stream, trained)
+        return _images(name, *find(data_dir, TEST, trained and trained.classes), image_size or 32, stream, trained)
     if name == "tiny_imagenet":
         return _tiny_imagenet(data_dir, image_size or 64, stream, trained)
     dataset = _digits() if name == "digits" else _cifar(name, data_dir)

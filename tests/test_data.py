@@ -9,12 +9,13 @@ import urllib.error
 import numpy as np
 import pytest
 import torch
+from cifar_files import LAYOUTS, write_cifar10, write_cifar100
 from PIL import Image
 from torchvision import datasets, transforms
 from torchvision.transforms import functional
 
 import data
-from util import images
+from util import cifar, images
 from util.runtime import UserError
 
 CPU = torch.device("cpu")
@@ -145,48 +146,108 @@ def test_views_do_not_depend_on_the_batches():
 # CIFAR
 
 
-@pytest.fixture
-def cifar100(tmp_path, monkeypatch):
-    """A tiny CIFAR-100 in the format of the real one, its checksums made to fit."""
-    return make_cifar(tmp_path, monkeypatch, datasets.CIFAR100, "fine_labels", 100)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_cifar100_is_the_same_from_any_copy(layout, tmp_path, monkeypatch, capfd):
+    given = []
+    for root, kind in ((tmp_path / "a", "folder"), (tmp_path / "b", layout)):
+        fits = write_cifar100(root, layout=kind, order=len(given))
+        monkeypatch.setitem(cifar.KINDS, "cifar100", fits)
+        given.append(data.load("cifar100", root))
+    one, other = given
+    assert one.train.images.equal(other.train.images) and one.test.labels.equal(other.test.labels)
+    assert one.fingerprint == other.fingerprint and one.test_fingerprint == other.test_fingerprint
+    assert (other.name, other.classes[:2], other.num_classes) == ("cifar100", ("apple", "aquarium_fish"), 100)
+    assert other.train.images.is_contiguous() and other.train.labels.dtype == torch.int64
+    assert other.mean == (0.5071, 0.4867, 0.4408) and other.std == (0.2675, 0.2565, 0.2761)
+    assert capfd.readouterr() == ("", "")
 
 
-def make_cifar(root, monkeypatch, kind, key, classes):
-    folder = root / kind.base_folder
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-
-    def write(name, content):
-        (folder / name).write_bytes(pickle.dumps(content))
-        return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
-
-    def part(name, n):
-        return write(name, {"data": rng.integers(0, 256, (n, 3072), dtype=np.uint8), key: list(range(n))})
-
-    monkeypatch.setattr(kind, "train_list", [part(name, classes) for name, _ in kind.train_list])
-    monkeypatch.setattr(kind, "test_list", [part(name, 7) for name, _ in kind.test_list])
-    names = write(kind.meta["filename"], {kind.meta["key"]: [f"class {k}" for k in range(classes)]})
-    monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": names[1]})
-    return root
+def test_cifar100s_images_are_planes_of_red_green_and_blue(tmp_path, monkeypatch):
+    monkeypatch.setitem(cifar.KINDS, "cifar100", write_cifar100(tmp_path, 100, 100))
+    loaded = data.load("cifar100", tmp_path)
+    raw = pickle.loads((tmp_path / "cifar-100-python" / "test").read_bytes())
+    image, label = raw[b"data"][3].reshape(3, 32, 32).transpose(1, 2, 0), raw[b"fine_labels"][3]
+    (at,) = (loaded.test.labels == label).nonzero().flatten().tolist()
+    assert np.array_equal(loaded.test.images[at].numpy(), image)
 
 
-def test_cifar100_reads_the_real_format(cifar100, capfd):
-    loaded = data.load("cifar100", cifar100)
-    raw = pickle.loads((cifar100 / "cifar-100-python" / "test").read_bytes())["data"]
-    expected = raw[3].reshape(3, 32, 32).transpose(1, 2, 0)  # planes of red, green, blue
-    assert np.array_equal(loaded.test.images[3].numpy(), expected)
-    assert (
-        loaded.num_classes == 100 and len(loaded.train.labels) == 100 and loaded.test.labels.tolist() == list(range(7))
-    )
-    assert loaded.mean == (0.5071, 0.4867, 0.4408) and loaded.std == (0.2675, 0.2565, 0.2761)
-    assert capfd.readouterr().out == ""
+@pytest.mark.parametrize("layout", ["folder", "bare", "archive", "png"])
+def test_cifar10_is_the_same_from_any_copy(layout, tmp_path, monkeypatch, capfd):
+    monkeypatch.setitem(cifar.KINDS, "cifar10", write_cifar10(tmp_path / "a"))
+    expected = data.load("cifar10", tmp_path / "a")
+    assert expected.num_classes == 10 and len(expected.train.labels) == 50
+    assert expected.mean != (0.5071, 0.4867, 0.4408)
+    assert capfd.readouterr().err == ""
+    write_cifar10(tmp_path / "b", layout=layout, order=1)  # other files than those whose md5 is known
+    given = data.load("cifar10", tmp_path / "b")
+    assert given.fingerprint == expected.fingerprint
+    assert "is taken for CIFAR-10 by counts and classes" in capfd.readouterr().err
 
 
-def test_cifar10_reads_the_real_format(tmp_path, monkeypatch):
-    make_cifar(tmp_path, monkeypatch, datasets.CIFAR10, "labels", 10)
-    loaded = data.load("cifar10", tmp_path)
-    assert loaded.num_classes == 10 and len(loaded.train.labels) == 50
-    assert loaded.mean != (0.5071, 0.4867, 0.4408)
+def test_the_real_sets_are_known_by_what_they_are():
+    for kind, official in ((cifar.KINDS["cifar100"], datasets.CIFAR100), (cifar.KINDS["cifar10"], datasets.CIFAR10)):
+        lists = [*official.train_list, *official.test_list]
+        assert [name for part in kind.files.values() for name in part] == [name for name, _ in lists]
+        assert kind.md5s in (None, dict(lists))
+        assert (kind.folder, kind.archive, kind.url) == (official.base_folder, official.filename, official.url)
+        assert kind.names == (official.meta["filename"], official.meta["key"])
+        assert kind.counts == {"train": 50_000, "test": 10_000} and len(set(kind.classes)) in (10, 100)
+
+
+@pytest.mark.parametrize("layout", ["folder", "png"])
+def test_a_copy_that_is_not_whole_says_what_is_missing(layout, tmp_path, monkeypatch):
+    fits = write_cifar100(tmp_path, 199, 98, layout)
+    monkeypatch.setitem(cifar.KINDS, "cifar100", dataclasses.replace(fits, counts={"train": 200, "test": 100}))
+    missing = r"not whole: train has 199 of 200 images \(worm 1 of 2\); test has 98 of 100 images \(woman 0 of 1, worm"
+    with pytest.raises(UserError, match=f"{tmp_path}.*: CIFAR-100, but {missing}.*put cifar-100-python.tar.gz"):
+        data.load("cifar100", tmp_path)
+
+
+def test_a_copy_with_other_pixels_is_refused(tmp_path, monkeypatch):
+    fits = write_cifar100(tmp_path, 100, 100)
+    digests = {**fits.digests, "test": "0" * 64}
+    monkeypatch.setitem(cifar.KINDS, "cifar100", dataclasses.replace(fits, digests=digests))
+    with pytest.raises(UserError, match="as many images as CIFAR-100, but in test pixels or labels differ"):
+        data.load("cifar100", tmp_path)
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("code was run",)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"x", "train is no pickle of arrays"),
+        (pickle.dumps(Evil()), "train: it wants to call builtins.print"),
+        (pickle.dumps([1]), "train holds no dictionary"),
+        (pickle.dumps({b"data": np.zeros((1, 12), np.uint8)}), "train holds no images"),
+        (pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"fine_labels": [100]}), "train holds no fine_labels"),
+        (None, "there is no train"),
+    ],
+)
+def test_a_damaged_cifar_file_is_named(content, message, tmp_path, monkeypatch, capfd):
+    monkeypatch.setitem(cifar.KINDS, "cifar100", write_cifar100(tmp_path, 100, 100, "bare"))
+    (tmp_path / "train").unlink() if content is None else (tmp_path / "train").write_bytes(content)
+    with pytest.raises(UserError, match=f"is incomplete or damaged: {message}.*own train, test and meta"):
+        data.load("cifar100", tmp_path)
+    assert "code was run" not in capfd.readouterr().out
+
+
+def test_other_names_of_cifar10s_classes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(cifar.KINDS, "cifar10", write_cifar10(tmp_path))
+    names = [*reversed(cifar.KINDS["cifar10"].classes)]
+    (tmp_path / "cifar-10-batches-py" / "batches.meta").write_bytes(pickle.dumps({b"label_names": names}))
+    with pytest.raises(UserError, match="batches.meta names other classes, or in another order"):
+        data.load("cifar10", tmp_path)
+
+
+def test_a_whole_copy_is_found_beside_a_damaged_one_and_other_data(tree, monkeypatch):
+    monkeypatch.setitem(cifar.KINDS, "cifar100", write_cifar100(tree.parent, 100, 100, "below"))
+    (tree.parent / "cifar-100-python").mkdir()
+    (tree.parent / "cifar-100-python" / "train").write_bytes(b"x")
+    assert len(data.load("cifar100", tree.parent).train.labels) == 100
 
 
 @pytest.fixture
@@ -203,11 +264,83 @@ def test_no_network_says_where_to_put_the_file(name, file, tmp_path, no_download
         data.load(name, tmp_path)
 
 
-def test_a_damaged_cifar_is_named(cifar100, no_download):
-    with open(cifar100 / "cifar-100-python" / "train", "ab") as file:
-        file.write(b"x")
-    with pytest.raises(UserError, match="cifar-100-python is incomplete or damaged"):
-        data.load("cifar100", cifar100)
+def test_a_cut_archive_is_fetched_anew(tmp_path, no_download):
+    (tmp_path / "cifar-100-python.tar.gz").write_bytes(b"x")
+    with pytest.raises(UserError, match="cifar-100-python.tar.gz is incomplete or damaged, and cifar100 can't"):
+        data.load("cifar100", tmp_path)
+
+
+def test_other_data_sets_are_not_taken_for_cifar(tree, no_download):
+    with pytest.raises(UserError, match="cifar10 can't be downloaded"):
+        data.load("cifar10", tree)  # of a cat and a dog
+
+
+# to test a network on
+
+
+TRAINED = {"mean": MEAN, "std": STD}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_folder_without_train_can_be_tested_on(tree, stream):
+    whole = data.load("folder", tree)
+    (tree / "train").rename(tree.parent / "elsewhere")
+    loaded = data.load("folder", tree, 32, stream, classes=("cat", "dog"), **TRAINED)
+    assert loaded.train is None and (loaded.mean, loaded.std) == (MEAN, STD)
+    assert loaded.test_fingerprint == whole.test_fingerprint == loaded.fingerprint and loaded.image_size == 32
+    assert data.load("folder", tree.parent / "images", classes=("dog", "cat"), **TRAINED).test.labels.tolist() == [1, 0]
+    with pytest.raises(UserError, match="train is not there"):
+        data.load("folder", tree)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_labels_are_numbered_by_the_networks_classes(tree, train):
+    if not train:
+        (tree / "train").rename(tree.parent / "elsewhere")
+    loaded = data.load("folder", tree, classes=("eel", "dog", "cat"), **TRAINED)
+    assert loaded.test.labels.tolist() == [2, 1] and loaded.num_classes == 3 and loaded.mean == MEAN
+    assert not train or loaded.train.labels.tolist() == [2, 2, 2, 1, 1, 1]
+    with pytest.raises(UserError, match="classes in test/ that the network does not know: dog"):
+        data.load("folder", tree, classes=("cat", "eel"), **TRAINED)
+
+
+def test_digits_are_numbered_by_the_networks_classes(digits):
+    loaded = data.load("digits", classes=tuple("9876543210"), **TRAINED)
+    assert loaded.test.labels.equal(9 - digits.test.labels) and loaded.train.labels.equal(9 - digits.train.labels)
+    assert loaded.test_fingerprint != digits.test_fingerprint
+    with pytest.raises(UserError, match="digits: the network was trained on other classes; it does not know 9"):
+        data.load("digits", classes=tuple("012345678"), **TRAINED)
+
+
+# held out
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.1, 0.5])
+def test_held_out_images_are_a_part_of_each_class(digits, fraction):
+    train, val = data.held_out(digits.train, fraction, 10)
+    whole, held = digits.train.labels.bincount(), val.labels.bincount()
+    assert held.equal((whole * fraction + 0.5).long().clamp(min=1)) and (train.labels.bincount() + held).equal(whole)
+    rows = [{image.numpy().tobytes() for image in part.images} for part in (digits.train, train, val)]
+    assert rows[0] == rows[1] | rows[2] and train.images.is_contiguous()
+    again = data.held_out(digits.train, fraction, 10)
+    assert again[1].images.equal(val.images) and again[0].labels.equal(train.labels)
+
+
+def test_held_out_leaves_each_class_an_image():
+    split = data.Split(torch.zeros(4, 8, 8, 3, dtype=torch.uint8), torch.tensor([0, 0, 1, 2]))
+    train, val = data.held_out(split, 0.1, 4)
+    assert val.labels.tolist() == [0] and sorted(train.labels.tolist()) == [0, 1, 2]
+    with pytest.raises(UserError, match="holding out 0.9 leaves 1 classes without a training image"):
+        data.held_out(split, 0.9, 4)
+
+
+def test_a_data_set_with_images_held_out_is_the_same_one(digits):
+    divided = digits.holding_out(0.2)
+    assert len(divided.val.labels) + len(divided.train.labels) == 1500
+    assert (divided.fingerprint, divided.test_fingerprint) == (digits.fingerprint, digits.test_fingerprint)
+    splits = (digits.train, divided.train, divided.val)
+    prints = {data.Batches(split, MEAN, STD, 10, CPU).fingerprint() for split in splits}
+    assert len(prints) == 3
 
 
 # folders
@@ -243,9 +376,9 @@ def test_folder_reads_all_kinds_of_images(tree):
 def test_class_folders_may_be_links(tree, tmp_path):
     for part in ("train", "test"):
         (tmp_path / "linked" / part).mkdir(parents=True)
-        (tmp_path / "linked" / part / "dog").symlink_to(tree / part / "dog")
-    loaded = data.load("folder", tmp_path / "linked")
-    assert loaded.classes == ("dog",) and len(loaded.train.labels) == 3
+        for label in ("cat", "dog"):
+            (tmp_path / "linked" / part / label).symlink_to(tree / part / label)
+    assert data.load("folder", tmp_path / "linked").fingerprint == data.load("folder", tree).fingerprint
 
 
 @pytest.fixture
@@ -346,24 +479,10 @@ def test_mistakes(name, size, message, tmp_path):
         data.load(name, tmp_path, size)
 
 
-def test_an_empty_class_is_named(tree):
-    for path in (tree / "test" / "dog").iterdir():
-        path.unlink()
-    with pytest.raises(UserError, match="test/dog holds no images"):
-        data.load("folder", tree)
-
-
 def test_an_empty_split_is_named(tmp_path):
     (tmp_path / "train").mkdir()
     with pytest.raises(UserError, match="train holds no images"):
         data.load("folder", tmp_path)
-
-
-@pytest.mark.parametrize("part, other", [("train", "test"), ("test", "train")])
-def test_differing_classes_are_named(tree, part, other):
-    save_image(tree / part / "eel" / "0.png")
-    with pytest.raises(UserError, match=f"classes in {part}/ that are not in {other}/: eel"):
-        data.load("folder", tree)
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", None])
@@ -373,20 +492,6 @@ def test_an_unreadable_image_is_named(tree, content):
     with pytest.raises(UserError, match=f"cannot read the image {image}"):
         data.load("folder", tree)
     assert not (tree / ".decoded_32.npz").exists()
-
-
-def test_a_grey_image_of_16_bits_is_scaled(tmp_path):
-    path = tmp_path / "a.png"
-    Image.fromarray(np.full((8, 8), 20000, np.uint16)).save(path)
-    assert np.asarray(data._read_image(path, 8)).flatten().tolist() == [77] * 192  # 20000 / 257
-
-
-def test_a_rotated_photograph_is_upright(tmp_path):
-    path, image = tmp_path / "a.png", Image.new("RGB", (8, 8))
-    image.putpixel((0, 0), (255, 0, 0))
-    image.getexif()[0x0112] = 6  # the camera was turned: show it by 90 degrees clockwise
-    image.save(path, exif=image.getexif())
-    assert np.asarray(data._read_image(path, 8))[0, 7].tolist() == [255, 0, 0]
 
 
 def test_a_change_of_one_pixel_or_label_is_another_data_set(digits):

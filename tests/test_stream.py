@@ -1,7 +1,10 @@
 """Images streamed from the disk are those of memory: same order, same pixels, same losses."""
 
+import dataclasses
 import re
 import shutil
+import threading
+import time
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from test_scripts import refused
 
 import data
 from data import Batches
+from util.runtime import UserError
 
 CPU = torch.device("cpu")
 
@@ -30,6 +34,16 @@ def test_the_data_set_is_the_same(root):
     assert (streamed.mean, streamed.std) == (decoded.mean, decoded.std)
     assert streamed.train.labels.equal(decoded.train.labels) and streamed.classes == decoded.classes
     assert streamed.image_size == 8
+    assert (streamed.fingerprint, streamed.test_fingerprint) == (decoded.fingerprint, decoded.test_fingerprint)
+    again = data.load("folder", root, 8, stream=True)  # as kept beside the images
+    for images in (streamed, again, dataclasses.replace(streamed, measured=None)):
+        assert (images.fingerprint, images.mean) == (decoded.fingerprint, decoded.mean)
+        assert prints(images.holding_out(0.3)) == prints(decoded.holding_out(0.3))
+
+
+def prints(images):
+    """What the teacher's cache and a resumed run know each split by."""
+    return [Batches(split, images.mean, images.std, 12, CPU).fingerprint() for split in (images.train, images.val)]
 
 
 @pytest.mark.parametrize("augment", [False, True])
@@ -65,18 +79,38 @@ def test_streaming_is_chosen_where_memory_is_short_and_said(root, monkeypatch, c
 def test_the_mean_is_kept_and_measured_anew_when_an_image_changes(root, monkeypatch):
     first = data.load("folder", root, 8, stream=True)
     with monkeypatch.context() as patch:
-        patch.setattr(data, "_statistics", lambda parts: pytest.fail("measured again"))
+        patch.setattr(data, "_measure", lambda splits: pytest.fail("measured again"))
         assert data.load("folder", root, 8, stream=True).mean == first.mean
     Image.new("RGB", (8, 8), "white").save(root / "train" / "class0" / "0.png")
     second = data.load("folder", root, 8, stream=True)
     assert second.mean > first.mean and second.mean == data.load("folder", root, 8).mean
-    assert second.train.images.key != first.train.images.key
+    assert second.fingerprint != first.fingerprint and second.test_fingerprint == first.test_fingerprint
 
 
 def test_an_unreadable_image_is_named(script, small, root):
     (root / "train" / "class2" / "5.png").write_bytes(b"no image")
     args = ["--model_job", "student", *small, "--data_dir", root, "--stream", "--epochs", 1]
     refused(script("train.py", *args), "class2/5.png", "mend or remove it")
+
+
+def test_all_unreadable_images_are_named_at_once(root):
+    for k in range(3):
+        (root / "train" / f"class{k}" / "5.png").write_bytes(b"no image")
+    (root / "test" / "class0" / "0.png").write_bytes(b"")
+    for _ in range(2):  # nothing is kept of a folder that can't be read
+        with pytest.raises(UserError, match="^4 images can't be read: .*class0/5.png, .*class2/5.png, .*; mend"):
+            data.load("folder", root, 8, stream=True)
+
+
+def test_who_stops_reading_leaves_no_thread_at_work(root):
+    images = data.load("folder", root, 8, stream=True).train.images
+    reading = images.read([torch.arange(40)] * 100)
+    next(reading)
+    reading.close()
+    deadline = time.time() + 10
+    while any("ThreadPoolExecutor" in thread.name for thread in threading.enumerate()) and time.time() < deadline:
+        time.sleep(0.01)
+    assert time.time() < deadline
 
 
 def test_data_in_one_piece_is_not_streamed(script):

@@ -282,9 +282,7 @@ def _checked(kind: Cifar, place: Path, parts: dict[str, Part]) -> dict[str, Part
                 f"differ from its own; put {kind.archive} (from {kind.url}) there, or use --dataset folder"
             )
     elif not all(content.official for content in parts.values()):
-        say(
-            f"{printable(place)} is taken for {kind.title} by its counts and classes; its files are not the official ones"
-        )
+        say(f"{printable(place)} is taken for {kind.title} by counts and classes; the files are not the official ones")
     return {part: _in_order(content, digests[part]) for part, content in parts.items()}
 
 

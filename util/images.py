@@ -76,36 +76,39 @@ def find(data_dir: Path, tests: Sequence[str] = TEST, classes: Collection[str] |
         if not listing["train"]:
             raise UserError(f"{printable(train)} holds no images; it must hold a folder of images for each class")
     own = {label for _, label in listing.get("train", ())}
-    test, listing["test"] = _test_files(
-        root, tests, set(classes or own), f"{train.name}/" if not classes else "", notes
-    )
+    where = "that the network does not know" if classes else f"that are not in {train.name}/"
+    wanted = set(classes or own)
+    test, listing["test"] = _test_files(root, tests, wanted, where, notes)
     if (train or data_dir / "train", test) != (data_dir / "train", data_dir / tests[0]):
         say(f"images: {' and '.join(printable(folder) for folder in (train, test) if folder)}")
-    _say_left_out(notes, own - {label for _, label in listing["test"]}, own)
+    for other in part_folders(root, tests):
+        if other != test and any(class_name(entry.name) in wanted for entry in _entries(other)):
+            say(f"{printable(other)} is not used")
+    _say_left_out(notes, wanted, {label for _, label in listing["test"]})
     return Found(root, listing)
 
 
 def roots(data_dir: Path, names: Sequence[str] = TRAIN) -> list[Path]:
     """data_dir where it holds a folder of one of these names, else all folders in it that do."""
-    if part_folders(data_dir, names) or not data_dir.is_dir():
+    if part_folders(data_dir, names):
         return [data_dir]
-    below = [Path(entry.path) for entry in _entries(data_dir) if _is_folder(entry)]
+    below = [Path(entry.path) for entry in _entries(data_dir) if _is_folder(entry)] if data_dir.is_dir() else []
     return [folder for folder in below if os.access(folder, os.R_OK) and part_folders(folder, names)]
 
 
 def _root(data_dir: Path, tests: Sequence[str], classes: Collection[str] | None) -> Path:
-    found = roots(data_dir)
-    if classes and not (found and part_folders(found[0], TRAIN)):
+    found = roots(data_dir, TRAIN)
+    if classes and (not found or part_folders(data_dir, tests)):
         found = roots(data_dir, tests)
+    shown = printable(data_dir)
     if len(found) > 1:
-        raise UserError(f"{data_dir} holds several data sets: {_some([root.name for root in found])}; give one of them")
-    root = found[0] if found else data_dir
-    if not part_folders(root, tests if classes else TRAIN):
+        raise UserError(f"{shown} holds several data sets: {_some([root.name for root in found])}; give one of them")
+    if not found:
         part = tests[0] if classes else "train"
         raise UserError(
-            f"{data_dir / part} is not there; {data_dir} must hold train/<class>/<images> and test/<class>/<images>"
+            f"{shown}/{part} is not there; {shown} must hold train/<class>/<images> and test/<class>/<images>"
         )
-    return root
+    return found[0]
 
 
 def part_folders(root: Path, names: Sequence[str]) -> list[Path]:
@@ -176,7 +179,8 @@ def _test_files(
     if refused is None:
         folder = next(iter(part_folders(root, tests)), None)
         state = "is not there" if folder is None else "holds no images in class folders"
-        refused = f"{folder or root / tests[0]} {state}; {root} must hold test/<class>/<images> (or val/, valid/, ...)"
+        shown = printable(folder or root / tests[0])
+        refused = f"{shown} {state}; {printable(root)} must hold test/<class>/<images> (or val/, valid/, ...)"
     raise UserError(refused)
 
 
@@ -196,15 +200,15 @@ def _annotated_files(folder: Path) -> list[tuple[Path, str]]:
     return listed if there else []
 
 
-def _say_left_out(notes: _Notes, untested: set[str], own: set[str]) -> None:
+def _say_left_out(notes: _Notes, classes: set[str], tested: set[str]) -> None:
     for paths, reason in ((notes.no_images, "no images"), (notes.no_class, "in no class folder")):
         if paths:
             names = _some([f"{path.parent.name}/{path.name}" for path in paths], 3)
             say(f"{len(paths)} {'files' if len(paths) > 1 else 'file'} left out, {reason}: {names}")
     if notes.empty:
         say(f"class folders left out, without images: {_some(notes.empty)}")
-    if untested:
-        say(f"no test images of {len(untested)} of {len(own)} classes: {_some(sorted(untested))}; tested without")
+    if untested := sorted(classes - tested):
+        say(f"no test images of {len(untested)} of {len(classes)} classes: {_some(untested)}; tested without")
 
 
 def _some(names: Sequence[str | Path], n: int = 5) -> str:
