@@ -1,22 +1,34 @@
 """Weights to and from disk: plain state_dicts, written atomically, checked when read, as data and never as code.
 
 A checkpoint is a zip file, as torch.save writes it, with a comment at its end: the SHA-256 of all before the comment.
+One more member, about.json, says what a test's figures depend on besides the weights. What others write is read, too:
+weights inside a dict, under prefixed names, beside what a training keeps, in torch's older format, as safetensors.
 """
 
 import hashlib
+import http.client
 import io
+import json
+import math
+import os
 import pickle
+import re
 import struct
 import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
 import torch
 from torchvision.models import ResNet50_Weights
 
-from models import TITLES, CifarResNet
-from util.files import replacing
-from util.runtime import UserError
+from models import TITLES
+from util.files import replacing, sha256
+from util.runtime import UserError, say
+
+OTHER = "network of another kind"
 
 # Another layout of a feature student, that of a network cut into a torch.nn.Sequential.
 LEGACY_PREFIXES = {
@@ -28,22 +40,84 @@ LEGACY_PREFIXES = {
     "base.7.": "layer4.",
 }
 
+# What people call the weights in a dict of theirs; where it holds several that fit, the first of these is taken.
+WRAPPERS = ["state_dict", "model", "net", "network", "model_state_dict", "model_state", "weights", "student", "teacher", "ema", "state_dict_ema", "model_ema", "ema_model", "params"]
+
+# Entries that are no weights, wherever they are: of thop's counting, of torch.optim.swa_utils, of batch norm.
+COUNTERS = {"total_ops", "total_params", "n_averaged", "num_batches_tracked"}
+# Modules beside the network in the module that trained it; they don't change its outputs.
+OBJECTIVES = set(
+    ["criterion", "criterions", "loss", "losses", "loss_fn", "loss_func", "loss_function", "metric", "metrics", "accuracy", "train_acc", "val_acc", "test_acc", "train_metrics", "val_metrics", "test_metrics"]
+)
+# A training's notes among the weights.
+NOTES = set(
+    ["epoch", "epochs", "step", "global_step", "iter", "iteration", "iterations", "acc", "acc1", "loss", "lr", "optimizer", "scheduler", "lr_scheduler", "scaler", "amp", "best", "best_acc", "best_acc1", "best_top1", "best_prec1", "best_loss", "best_epoch", "arch", "args", "config", "cfg", "opt", "name", "version", "seed", "rng_state", "cuda_rng_state"]
+)
+
 ZIP_START, ZIP_END = b"PK\x03\x04", b"PK\x05\x06"  # signatures of the first record, and of the last
 ZIP_END_SIZE = 22  # of the last record; its last two bytes are the length of the comment that follows
 SEAL = b"sha256:"
 SEAL_SIZE = len(SEAL) + 64
+ROOT, ABOUT = "archive", "about.json"  # the folder in which torch.save puts the members, and ours
+
+OLDER_FORMAT = b"l\xfc\x9cF\xf9 j\xa8P\x19"  # the number at the start of a file in torch's format before the zip files
+PICKLE_PROTOCOL = 2  # the one that torch reads as data
+
+# How files begin that are taken for checkpoints, and what they are.
+FOREIGN = {
+    rb"(\xef\xbb\xbf)?\s*<(!doctype|!--|html|head|body)": "an HTML page: the download failed; fetch the file itself",
+    rb"(\xef\xbb\xbf)?\s*<\?xml": "an XML text: the download failed, if it should be weights; fetch the file itself",
+    rb"version https://git-lfs": "a git-lfs pointer and not the file itself; fetch that with: git lfs pull",
+    rb"\x89HDF\r\n\x1a\n": "an HDF5 file, as Keras writes it, not a checkpoint of PyTorch",
+    rb"\x1f\x8b|\xfd7zXZ|BZh\d|7z\xbc\xaf|\x28\xb5\x2f\xfd|Rar!": "a compressed file; unpack it first",
+    rb".{257}ustar": "a tar archive; unpack it first",
+    rb"\x08[\x03-\x1f][\x12\x1a\x22\x2a\x32\x3a\x42]": "an ONNX model, not a checkpoint of PyTorch",
+    rb"\x08\x01\x12|\n[^\n]{1,2}\n.[\w/]+\x12.[A-Z]\w+": "a TensorFlow model, not a checkpoint of PyTorch",
+    rb"....TFL3": "a TensorFlow Lite model, not a checkpoint of PyTorch",
+    rb"\x93NUMPY": "a NumPy array, not a checkpoint of PyTorch",
+    rb"GGUF": "a GGUF file, not a checkpoint of PyTorch",
+}
 
 # Any of these loads as any other.
 FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
+SAFETENSORS_HEADER = 100_000_000  # bytes that the format allows for it
+SAFETENSORS_TYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+}
+
 State = dict[str, torch.Tensor]
+About = dict[str, Any]
 
 
-def save(network: torch.nn.Module, path: Path) -> None:
-    """Write the network's state_dict to `path`, atomically, as plain contiguous tensors on the CPU."""
+def save(network: torch.nn.Module, path: Path, about: About | None = None) -> None:
+    """Write the network's state_dict to `path`, atomically, as plain contiguous tensors on the CPU.
+
+    about: what travels with it, of JSON's types: classes (names), image_size, mean, std, stem, network, and more.
+    """
     state = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
     buffer = io.BytesIO()
     torch.save(state, buffer)
+    if about is not None:
+        text = json.dumps(about, allow_nan=False)  # in ASCII, as a name that is not UTF-8 has no other spelling
+        _parsed_about(text)
+        with zipfile.ZipFile(buffer, "a") as archive:
+            archive.writestr(zipfile.ZipInfo(f"{ROOT}/{ABOUT}"), text)  # of 1980: equal weights make equal files
     buffer.seek(-2, io.SEEK_END)
     buffer.write(struct.pack("<H", SEAL_SIZE))
     with replacing(path) as file:
@@ -56,8 +130,36 @@ def _seal(content: bytes | memoryview) -> bytes:
     return SEAL + hashlib.sha256(content).hexdigest().encode()
 
 
-def read(path: Path, hint: str) -> State:
-    """The state_dict in the file, whatever the network; `hint` says what to do where the file is missing.
+def _parsed_about(text: str | bytes) -> About:
+    """What about.json says. Raises ValueError where it is not as `save` writes it."""
+
+    def numbers(value: Any) -> bool:
+        return isinstance(value, list) and len(value) == 3 and all(type(v) in (int, float) for v in value)
+
+    checks = {
+        "classes": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+        "image_size": lambda value: type(value) is int and value > 0,
+        "mean": lambda value: numbers(value) and all(map(math.isfinite, value)),
+        "std": lambda value: numbers(value) and all(0 < v < math.inf for v in value),
+        "stem": lambda value: isinstance(value, str),
+        "network": lambda value: isinstance(value, str),
+    }
+    about = json.loads(text)
+    if not isinstance(about, dict) or not all(key not in about or check(about[key]) for key, check in checks.items()):
+        raise ValueError(f"{ABOUT} is not as it was written")
+    return about
+
+
+class _Foreign(Exception):
+    """The file is whole as far as one can see, but not a checkpoint; says what it is."""
+
+
+def read(path: Path, hint: str, kind: str | None = None) -> tuple[State, About | None]:
+    """The weights in the file, whatever the network, and what travels with them, None where nothing does.
+
+    hint: what to do where the file is missing. kind: "teacher", "student" or "feature_student", whose weights are
+    taken where the file holds several networks'. Names are without a prefix that all of them have, and in torchvision's
+    layout; bookkeeping tensors among the weights stay, for `fit_into` to judge.
 
     Raises UserError for a file that is missing, damaged, no state_dict, or a pickle that would run code (not run).
     """
@@ -68,20 +170,39 @@ def read(path: Path, hint: str) -> State:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     try:
-        state = torch.load(io.BytesIO(_checked(content)), map_location="cpu", weights_only=True)
+        value, about = _parsed(content, path.suffix)
+    except _Foreign as error:
+        raise UserError(f"{path} is {error}") from None
     except pickle.UnpicklingError as error:
-        if "global" in str(error).lower():  # it names something to import: a class, or a function to call
-            raise UserError(f"{path} holds more than tensors and could run code: refused. Save a state_dict") from None
-        raise UserError(f"{path} is damaged, or not a checkpoint of PyTorch; {hint}") from None
+        refused = _code_in(content, str(error))
+        raise UserError(f"{path} {refused or f'is damaged, or not a checkpoint of PyTorch; {hint}'}") from None
     except Exception:  # unzipping, unpickling and rebuilding tensors raise whatever the bytes lead them to
-        raise UserError(f"{path} is damaged (cut short?), or not a checkpoint of PyTorch; {hint}") from None
-    if not _is_state_dict(state):
-        raise UserError(f"{path} is not a state_dict (names to plain tensors)")
-    return dict(dict.items(state))
+        what = "a safetensors file" if _is_safetensors(content, path.suffix) else "not a checkpoint of PyTorch"
+        joined = "damaged (cut short?): " if what.startswith("a ") else "damaged (cut short?), or "
+        raise UserError(f"{path} is {joined}{what}; {hint}") from None
+    own = content[-SEAL_SIZE:].startswith(SEAL)
+    return _plain(value if own else _taken(value, path, kind), path), about
 
 
-def _checked(content: bytes) -> bytes:
-    """The content, for torch to read. Raises ValueError, or what zipfile raises, where it is not as it was written.
+def _parsed(content: bytes, suffix: str) -> tuple[Any, About | None]:
+    """What the file holds, tensors and what may be beside them, and its about.json.
+
+    Raises _Foreign, UnpicklingError for what is not data, and anything for what is damaged.
+    """
+    if not content:
+        raise _Foreign("empty")
+    for start, what in FOREIGN.items():
+        if re.match(start, content[:512], re.DOTALL | re.IGNORECASE):
+            raise _Foreign(what)
+    if _is_safetensors(content, suffix):
+        return _safetensors(content), None
+    content, about = _checked(content)
+    with torch.serialization.safe_globals(STAND_INS):
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True), about and _parsed_about(about)
+
+
+def _checked(content: bytes) -> tuple[bytes, bytes | None]:
+    """The content, for torch to read, and its about.json. Raises ValueError, or what zipfile raises, for damage.
 
     In torch's older format, which is no zip file, nothing can be checked.
     """
@@ -90,22 +211,29 @@ def _checked(content: bytes) -> bytes:
     if sealed and end != _seal(memoryview(content)[:-SEAL_SIZE]):
         raise ValueError("its checksum does not fit")
     if not content.startswith(ZIP_START):
-        return content
+        if OLDER_FORMAT in content[:40]:
+            _refuse_protocol(content)
+        return content, None
     end = content[-ZIP_END_SIZE:]
     if not sealed and not (end.startswith(ZIP_END) and end.endswith(b"\0\0")):
         raise ValueError("its end is missing")
     return _rewritten(content)
 
 
-def _rewritten(content: bytes) -> bytes:
-    """The zip file's members, their CRC-32s checked, in another zip file. Raises as `_checked` does.
+def _rewritten(content: bytes) -> tuple[bytes, bytes | None]:
+    """The zip file's members, their CRC-32s checked, in another zip file, and about.json. Raises as `_checked` does.
 
     torch's reader checks no CRC-32, and what it makes of a damaged directory of members differs from what zipfile
     makes of it: it returns memory as it happens to be for one that is marked as a folder. So it gets a sound one.
     """
-    copy = io.BytesIO()
+    copy, about = io.BytesIO(), None
     with zipfile.ZipFile(io.BytesIO(content)) as archive, zipfile.ZipFile(copy, "w") as writer:
         members = archive.infolist()
+        inner = {member.filename.partition("/")[2] for member in members}
+        if "constants.pkl" in inner:
+            raise _Foreign("a TorchScript archive; save its state_dict() and give that")
+        if "data.pkl" not in inner:
+            raise _Foreign("a zip archive, but not a checkpoint of PyTorch; if there is one inside, unpack it")
         # None of these is from torch.save. Compressed or overlapping members could fill the memory from a small file.
         if any(member.compress_type != zipfile.ZIP_STORED or member.is_dir() for member in members):
             raise ValueError("a member is compressed, or a folder")
@@ -114,111 +242,367 @@ def _rewritten(content: bytes) -> bytes:
         if len({member.filename for member in members}) < len(members):
             raise ValueError("two members have the same name")
         for member in members:
-            writer.writestr(member.filename, archive.read(member))
-    return copy.getvalue()
+            data, name = archive.read(member), member.filename.partition("/")[2]
+            if name == "data.pkl":
+                _refuse_protocol(data)
+            if name == ABOUT:
+                about = data
+            else:
+                writer.writestr(member.filename, data)
+    return copy.getvalue(), about
 
 
-def _is_state_dict(value: object) -> bool:
-    """Whether it maps names, fit for a line of text, to plain tensors, and at least one."""
-    if not isinstance(value, dict) or not value:
+def _refuse_protocol(content: bytes) -> None:
+    """Raise _Foreign for a pickle of a protocol that torch does not read as data."""
+    if content[:1] == b"\x80" and PICKLE_PROTOCOL < content[1] <= pickle.HIGHEST_PROTOCOL:
+        raise _Foreign(f"saved with pickle_protocol={content[1]}, which is not read; leave it out in torch.save")
+
+
+def _code_in(content: bytes, error: str) -> str | None:
+    """What the file has that can't be read as data, if that is what the unpickler's error is about."""
+    named = re.search(r"GLOBAL (\S{1,80}) w", error)
+    if re.search(rb"ctorch\.nn\.modules\.(?!loss\b)", content):
+        return "holds a whole model, which could run code: refused. Save model.state_dict() and give that"
+    if not content.startswith(ZIP_START) and OLDER_FORMAT not in content[:40] and content.endswith(b"."):
+        return (
+            "is a pickle, not of torch.save, and could run code: refused. Save a state_dict with torch.save"
+        )
+    if named and named[1].isprintable():
+        return f"holds more than tensors ({named[1]}) and could run code: refused. Save a state_dict"
+    if "global" in error.lower() or "must be imported to load" in error:
+        return "holds more than plain tensors and could run code: refused. Save a state_dict"
+    return None
+
+
+def _stand_in(name: str, make: type | None = None) -> type:
+    """A class that torch's unpickler takes for the one of that name: its objects are empty, or what `make` makes.
+
+    So nothing of what the file names is imported or run, whatever the arguments and the state that it gives.
+    """
+    module, _, qualname = name.rpartition(".")
+    members: dict[str, Any] = {"__module__": module, "__qualname__": qualname, "__slots__": ()}
+    members["__new__"] = lambda cls, *args: object.__new__(cls) if make is None else make()
+    members["__init__"] = lambda self, *args: None
+    members["__setstate__"] = lambda self, state: None
+    return type(qualname, (), members)
+
+
+# What people keep beside the weights: arguments, settings, times, paths, NumPy's numbers.
+STAND_INS = [
+    *map(_stand_in, ("argparse.Namespace", "types.SimpleNamespace", "typing.Any", "uuid.UUID", "decimal.Decimal")),
+    *(_stand_in(f"builtins.{name}") for name in ("dict", "list", "int", "float", "str", "bool", "frozenset", "range")),
+    *(_stand_in(f"datetime.{name}") for name in ("datetime", "date", "time", "timedelta", "timezone")),
+    *(
+        _stand_in(f"{module}.{name}")
+        for module in ("pathlib", "pathlib._local")
+        for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
+    ),
+    *(_stand_in(f"numpy.{name}") for name in ("dtype", "ndarray")),
+    *(_stand_in(f"numpy.{core}.multiarray.{f}") for core in ("core", "_core") for f in ("scalar", "_reconstruct")),
+    *(_stand_in(f"omegaconf.{name}") for name in ("base.ContainerMetadata", "base.Metadata", "nodes.AnyNode")),
+    *(_stand_in(f"omegaconf.{name}") for name in ("dictconfig.DictConfig", "listconfig.ListConfig")),
+    _stand_in("collections.deque", list),
+    _stand_in("collections.defaultdict", OrderedDict),
+    *(_stand_in(name, OrderedDict) for name in ("easydict.EasyDict", "addict.addict.Dict", "yacs.config.CfgNode")),
+    *(
+        _stand_in(f"{module}.AttributeDict", OrderedDict)
+        for module in (
+            *("pytorch_lightning.utilities.parsing", "lightning.pytorch.utilities.parsing"),
+            *("lightning_fabric.utilities.data", "lightning.fabric.utilities.data"),
+        )
+    ),
+]
+
+
+def _is_safetensors(content: bytes, suffix: str) -> bool:
+    """Whether it begins as a safetensors file does, or is called one and begins as nothing else that holds weights."""
+    if content.startswith(ZIP_START) or OLDER_FORMAT in content[:40]:
         return False
-    items = dict.items(value)  # not value.items(): a file can give an OrderedDict attributes, which would hide methods
-    return all(isinstance(key, str) and key.isprintable() and _is_plain(tensor) for key, tensor in items)
+    begins = content[8:9] == b"{" and int.from_bytes(content[:8], "little") <= SAFETENSORS_HEADER
+    return begins or suffix == ".safetensors"
 
 
-def _is_plain(value: object) -> bool:
-    """Whether it is a tensor that is dense and has its data: neither sparse, nested nor meta."""
-    return (
-        type(value) in (torch.Tensor, torch.nn.Parameter)
-        and value.layout == torch.strided
-        and value.device.type == "cpu"
-        and not value.is_nested
-    )
+def _safetensors(content: bytes) -> State:
+    """The tensors of a safetensors file: a length of 8 bytes, a header in JSON, and the data without gap or overlap.
 
-
-def load(network: CifarResNet, kind: str, path: Path, hint: str) -> CifarResNet:
-    """Load the file into the network of that kind ("teacher", "student", "feature_student"), strictly.
-
-    Both layouts of a feature student load. Raises UserError as `read` does, and for a checkpoint of another
-    architecture or another number of classes; then the network is as it was.
+    Raises _Foreign for a type that torch has not, and anything for what is damaged.
     """
-    state = _modern(read(path, hint))
-    holds = _architecture(state)
-    if holds != TITLES[kind]:
-        raise UserError(f"{path} holds a {holds}, not the {TITLES[kind]} needed here")
-    classes, wanted = state["fc.bias"].shape.numel(), network.fc.out_features
-    if classes != wanted:
-        raise UserError(f"{path} tells {classes} classes apart, the data set has {wanted}")
-    _load_strictly(network, state, path)
-    return network
+    length = int.from_bytes(content[:8], "little")
+    header, data = content[8 : 8 + length], memoryview(content)[8 + length :]
+    if not length or len(header) < length:
+        raise ValueError("its header is cut short")
+    entries = json.loads(header.decode(), object_pairs_hook=_without_doubles)
+    entries.pop("__metadata__", None)
+    state, end = {}, 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        (begin, stop), shape = entry["data_offsets"], entry["shape"]
+        if any(type(number) is not int or number < 0 for number in (begin, stop, *shape)):
+            raise ValueError("a size is no number")
+        if entry["dtype"] not in SAFETENSORS_TYPES:
+            raise _Foreign(f"a safetensors file with tensors of a type that is not read ({name[:80]!a})")
+        dtype = SAFETENSORS_TYPES[entry["dtype"]]
+        if begin != end or stop > len(data) or stop - begin != math.prod(shape) * dtype.itemsize:
+            raise ValueError("a tensor's place does not fit")
+        piece = bytearray(data[begin:stop])
+        flat = torch.frombuffer(piece, dtype=dtype) if piece else torch.empty(0, dtype=dtype)
+        state[name], end = flat.reshape(shape), stop
+    if end != len(data):
+        raise ValueError("there is data that belongs to no tensor")
+    return state
 
 
-def start_teacher(network: CifarResNet, source: str) -> None:
-    """The teacher's start: all but conv1 and fc from `source`, "imagenet", or a file in torchvision's format.
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON's object as a dict. Raises ValueError where a name comes twice."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name comes twice")
+    return dict(pairs)
 
-    "none" leaves the random weights. Raises UserError where the weights can't be had or are of another network.
+
+def _taken(value: object, path: Path, kind: str | None) -> dict[str, Any]:
+    """Of the sets of weights in what the file holds, the one to take; says which where several fit alike.
+
+    Those of the kind asked for come first, then those of a network that is known, then those of WRAPPERS' names, in
+    that order. Raises UserError where there is none, or none comes first.
     """
-    if source == "none":
+
+    def place(item: tuple[str, dict[str, Any]]) -> tuple:
+        name, entries = item
+        holds = _architecture(entries)
+        steps = [WRAPPERS.index(step) if step in WRAPPERS else len(WRAPPERS) for step in name.split(".") if step]
+        return holds != TITLES.get(kind, ""), holds == OTHER, not name and holds == OTHER, steps
+
+    found = sorted(_sets(value), key=place)
+    if not found:
+        raise UserError(f"{path} is not a state_dict (names to plain tensors)")
+    best = place(found[0])
+    rivals = [name or "the file's own" for name, entries in found if place((name, entries))[:2] == best[:2]]
+    if len(rivals) > 1:
+        several = f"{path} holds several networks' weights ({', '.join(rivals)})"
+        if best == place(found[1]) or not several.isprintable():
+            raise UserError(ascii(several)[1:-1] + "; save the one that is meant in a file of its own")
+        say(f"{several}; {rivals[0]} is taken")
+    return found[0][1]
+
+
+def _sets(value: object, name: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The dicts of weights in the value and up to two levels down, each with where it was found ("model.ema")."""
+    if not isinstance(value, dict):
         return
-    path = _imagenet_file() if source == "imagenet" else Path(source)
-    state = read(path, "give --weights a state_dict of torchvision's ResNet-50, or none")
-    if _architecture(state) != TITLES["teacher"]:
-        raise UserError(f"--weights {path} holds a {_architecture(state)}, not a ResNet-50")
-    fresh = {key: value for key, value in network.state_dict().items() if key.startswith(("conv1.", "fc."))}
-    _load_strictly(network, {**state, **fresh}, path)
+    # dict.items(value), not value.items(): a file can give an OrderedDict attributes, which would hide methods.
+    items = dict(dict.items(value))
+    if any(_is_weight(entry) for entry in items.values()):
+        yield from _networks(items, name)
+    for key, inner in items.items():
+        if depth < 2 and isinstance(key, str):
+            yield from _sets(inner, f"{name}.{key}" if name else key, depth + 1)
 
 
-def _imagenet_file() -> Path:
-    """torchvision's ImageNet weights on the disk, downloaded and checked against their hash where they are not yet."""
-    url = ResNet50_Weights.IMAGENET1K_V2.url
-    name = Path(urlparse(url).path).name
-    path = Path(torch.hub.get_dir()) / "checkpoints" / name
-    if not path.exists():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            prefix = path.stem.rpartition("-")[2]
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=prefix, progress=False)
-        except (OSError, RuntimeError) as error:  # no network; a wrong hash
-            raise UserError(
-                f"cannot download the ImageNet weights ({error}); put {name} (from {url}) into {path.parent}, "
-                "or give --weights FILE, or --weights none"
-            ) from None
-    return path
+def _is_weight(value: object) -> bool:
+    """Whether it is a tensor and not just a number, nor the state of a generator of random numbers."""
+    return isinstance(value, torch.Tensor) and value.ndim > 0 and value.dtype != torch.uint8
 
 
-def _modern(state: State) -> State:
-    """The state_dict with the older layout's names replaced by torchvision's."""
+def _networks(entries: dict[Any, Any], name: str) -> Iterator[tuple[str, dict[Any, Any]]]:
+    """The entries, named as the network itself names them: one dict for each prefix under which a ResNet lies.
+
+    What lies under none of these prefixes is in each of the dicts.
+    """
+    if not all(isinstance(key, str) for key in entries):
+        yield name, entries
+        return
+    ends = "layer4.1.conv1.weight"
+    prefixes = [key.removesuffix(ends) for key in entries if f".{key}".endswith(f".{ends}")]
+    prefixes = [prefix for prefix in prefixes if f"{prefix}fc.weight" in entries]
+    owners = {key: max(filter(key.startswith, prefixes), key=len, default=None) for key in entries}
+    outside = {key: value for key, value in entries.items() if owners[key] is None}
+    for prefix in prefixes:
+        inside = {key.removeprefix(prefix): value for key, value in entries.items() if owners[key] == prefix}
+        yield f"{name}.{prefix}".strip("."), {**outside, **inside}
+    if not prefixes:
+        yield name, _modern(_without_prefix(entries))
+
+
+def _without_prefix(entries: dict[str, Any]) -> dict[str, Any]:
+    """The entries without the prefix that all names have, bookkeeping aside: "module.", "model.net.", any."""
+    while True:
+        names = [name for name in entries if not _is_bookkeeping(name)]
+        heads = {name[: name.find(".") + 1] for name in names}
+        if len(heads) != 1 or heads == {""}:
+            return entries
+        head = heads.pop()
+        outside = {name: value for name, value in entries.items() if not name.startswith(head)}
+        inside = {name.removeprefix(head): value for name, value in entries.items() if name.startswith(head)}
+        entries = {**outside, **inside}
+
+
+def _modern(entries: dict[str, Any]) -> dict[str, Any]:
+    """The entries with the older layout's names replaced by torchvision's."""
 
     def rename(key: str) -> str:
         prefix = key[:7]
         return LEGACY_PREFIXES[prefix] + key[7:] if prefix in LEGACY_PREFIXES else key
 
-    return {rename(key): value for key, value in state.items()}
+    renamed = {rename(key): value for key, value in entries.items()}
+    return renamed if len(renamed) == len(entries) else entries
 
 
-def _architecture(state: State) -> str:
-    """What the state_dict is of: one of models.TITLES, or "network of another kind"."""
+def _is_bookkeeping(name: str) -> bool:
+    """Whether an entry of that name is none of a network's weights."""
+    return name in NOTES or name.partition(".")[0] in OBJECTIVES or name.rpartition(".")[2] in COUNTERS
+
+
+def _plain(entries: dict[str, Any], path: Path) -> State:
+    """The entries as a state_dict of plain tensors. Raises UserError for one that is none."""
+    state = {}
+    for key, value in dict.items(entries):
+        if not isinstance(key, str) or not key.isprintable():
+            raise UserError(f"{path} is not a state_dict: a name in it is not text")
+        flaw = _flaw(value)
+        if flaw and not (key in NOTES and not isinstance(value, torch.Tensor)):
+            raise UserError(f"{path} is not a state_dict of plain tensors: {key} is {flaw}")
+        if not flaw:
+            state[key] = torch.Tensor.detach(value)  # without attributes that a file can give, which would hide methods
+    return state
+
+
+def _flaw(value: object) -> str | None:
+    """What keeps it from being a plain tensor, dense and with its data."""
+    if type(value) not in (torch.Tensor, torch.nn.Parameter):
+        return f"of the type {type(value).__name__}"
+    if value.layout != torch.strided:
+        return "sparse"
+    if value.is_nested:
+        return "nested"
+    return None if value.device.type == "cpu" else "without its data"
+
+
+class Contents(NamedTuple):
+    """What a state_dict is of.
+
+    title: one of models.TITLES' values, or "network of another kind". classes: how many it tells apart, None where
+    that can't be seen. stem: as `stem` says.
+    """
+
+    title: str
+    classes: int | None
+    stem: str | None
+
+
+def describe(state: State) -> Contents:
+    """What the state_dict is of, seen from its names and shapes."""
+    classes = state["fc.bias"].shape.numel() if "fc.bias" in state else None
+    return Contents(_architecture(state), classes, stem(state))
+
+
+def stem(state: State) -> str | None:
+    """ "small" for a conv1 of 3x3, "standard" for ImageNet's of 7x7, None for any other."""
+    kernel = tuple(state["conv1.weight"].shape[2:]) if "conv1.weight" in state else None
+    return {(3, 3): "small", (7, 7): "standard"}.get(kernel)
+
+
+def _architecture(state: dict[str, Any]) -> str:
+    """What the state_dict is of: one of models.TITLES, or OTHER."""
     if not {"conv1.weight", "fc.weight", "fc.bias", "layer4.1.conv1.weight"} <= state.keys():
-        return "network of another kind"
+        return OTHER
     blocks = [sum(f"layer{i}.{j}.conv1.weight" in state for j in range(40)) for i in range(1, 5)]
     if "layer1.0.conv3.weight" in state:
-        return TITLES["teacher"] if blocks == [3, 4, 6, 3] else "network of another kind"
+        return TITLES["teacher"] if blocks == [3, 4, 6, 3] else OTHER
     if blocks != [2, 2, 2, 2]:
-        return "network of another kind"
+        return OTHER
     return TITLES["feature_student" if "proj.weight" in state else "student"]
 
 
-def _load_strictly(network: CifarResNet, state: State, path: Path) -> None:
-    """Load it, or raise UserError for keys, shapes or types that are not the network's, which then is as it was."""
+def load(network: torch.nn.Module, kind: str, path: Path, hint: str) -> torch.nn.Module:
+    """Load the file into the network of that kind, a key of models.NETWORKS, strictly.
+
+    Both layouts of a feature student load. Raises UserError as `read` and `fit_into` do, and for a checkpoint of
+    another architecture or another number of classes; then the network is as it was.
+    """
+    state, _ = read(path, hint, kind)
+    holds, wanted = describe(state), describe(network.state_dict())
+    if holds.title != wanted.title:
+        needed = kind if wanted.title == OTHER else wanted.title
+        raise UserError(f"{path} holds a {holds.title}, not the {needed} needed here")
+    if None not in (holds.classes, wanted.classes) and holds.classes != wanted.classes:
+        raise UserError(f"{path} tells {holds.classes} classes apart, the data set has {wanted.classes}")
+    fit_into(network, state, path)
+    return network
+
+
+def fit_into(network: torch.nn.Module, state: State, path: Path) -> None:
+    """Load what `read` gave from `path`, strictly; known bookkeeping may lack or be there besides.
+
+    Raises UserError for names, shapes, types or values that don't do; the network is then as it was.
+    """
     expected = network.state_dict()
-    missing, surplus = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    if not expected.keys() <= state.keys():
+        state = _named_as(expected, state)
+    missing = sorted(key for key in expected.keys() - state.keys() if not key.endswith("num_batches_tracked"))
+    surplus = sorted(key for key in state.keys() - expected.keys() if not _is_bookkeeping(key))
     if missing or surplus:
         what = f"lacks {missing[0]}" if missing else f"has {surplus[0]} besides"
         raise UserError(f"{path} does not fit the network: it {what}")
+    weights = {}
     for key, value in expected.items():
-        if state[key].shape != value.shape:
-            shapes = f"{tuple(state[key].shape)}, not {tuple(value.shape)}"
+        given = state.get(key, torch.zeros_like(value))
+        if given.shape != value.shape:
+            shapes = f"{tuple(given.shape)}, not {tuple(value.shape)}"
             raise UserError(f"{path} does not fit the network: {key} has the shape {shapes}")
-        if state[key].dtype != value.dtype and not {state[key].dtype, value.dtype} <= FLOATS:
-            raise UserError(f"{path} does not fit the network: {key} is of {state[key].dtype}, not {value.dtype}")
-    network.load_state_dict(state)
+        if given.dtype != value.dtype and not {given.dtype, value.dtype} <= FLOATS:
+            raise UserError(f"{path} does not fit the network: {key} is of {given.dtype}, not {value.dtype}")
+        weights[key] = given.to(value.dtype)
+        if not weights[key].isfinite().all():
+            what = "NaN" if weights[key].isnan().any() else "inf"
+            raise UserError(f"{path} holds {what} in {key}: its training diverged; use another")
+    network.load_state_dict(weights)
+
+
+def _named_as(expected: State, state: State) -> State:
+    """The state_dict with the names that the network has, where `read` took the prefix from them."""
+    sets = [entries for _, entries in _networks({key: key for key in expected}, "")]
+    names = sets[0] if len(sets) == 1 else {}
+    return {names.get(key, key): value for key, value in state.items()}
+
+
+def start_teacher(network: torch.nn.Module, source: str) -> None:
+    """The teacher's start: all but conv1 and fc from `source`, "imagenet", or a file with a ResNet-50's weights.
+
+    "none" leaves the random weights. Raises UserError where the weights can't be had or are of another network.
+    """
+    if source == "none":
+        return
+    path = _imagenet_file() if source == "imagenet" else Path(os.path.expanduser(source))
+    state, _ = read(path, "give --weights a state_dict of torchvision's ResNet-50, or none", "teacher")
+    own = ("conv1.", "fc.")
+    state = {key: value for key, value in state.items() if not key.startswith(own)}
+    state |= {key: value for key, value in network.state_dict().items() if key.startswith(own)}
+    title = describe(state).title
+    if title != TITLES["teacher"]:
+        raise UserError(f"--weights {path} holds a {title}, not a ResNet-50")
+    fit_into(network, state, path)
+
+
+def _imagenet_file() -> Path:
+    """torchvision's ImageNet weights on the disk, downloaded where they are not yet, or not as their name says.
+
+    A file's name ends in the start of its SHA-256. What is there is replaced only by what is whole.
+    """
+    url = ResNet50_Weights.IMAGENET1K_V2.url
+    name = Path(urlparse(url).path).name
+    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    prefix = path.stem.rpartition("-")[2]
+    delete = ""
+    try:
+        if path.exists():
+            if sha256(path).startswith(prefix):
+                return path
+            say(f"{path} is cut short or another file (its SHA-256 does not begin with {prefix}): downloading it anew")
+            delete = f"; {path} is damaged: delete it"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=prefix, progress=False)
+    except (OSError, RuntimeError, http.client.HTTPException) as error:  # no network, or cut off; a wrong hash
+        raise UserError(
+            f"cannot download the ImageNet weights ({error}){delete}; put {name} (from {url}) into {path.parent}, "
+            "or give --weights FILE, or --weights none"
+        ) from None
+    return path
