@@ -41,18 +41,25 @@ LEGACY_PREFIXES = {
 }
 
 # What people call the weights in a dict of theirs; where it holds several that fit, the first of these is taken.
-WRAPPERS = ["state_dict", "model", "net", "network", "model_state_dict", "model_state", "weights", "student", "teacher", "ema", "state_dict_ema", "model_ema", "ema_model", "params"]
+WRAPPERS = [
+    *("state_dict", "model", "net", "network", "model_state_dict", "model_state", "weights", "student", "teacher"),
+    *("ema", "state_dict_ema", "model_ema", "ema_model", "params"),
+]
 
 # Entries that are no weights, wherever they are: of thop's counting, of torch.optim.swa_utils, of batch norm.
 COUNTERS = {"total_ops", "total_params", "n_averaged", "num_batches_tracked"}
 # Modules beside the network in the module that trained it; they don't change its outputs.
-OBJECTIVES = set(
-    ["criterion", "criterions", "loss", "losses", "loss_fn", "loss_func", "loss_function", "metric", "metrics", "accuracy", "train_acc", "val_acc", "test_acc", "train_metrics", "val_metrics", "test_metrics"]
-)
+OBJECTIVES = {
+    *("criterion", "criterions", "loss", "losses", "loss_fn", "loss_func", "loss_function", "metric", "metrics"),
+    *("accuracy", "train_acc", "val_acc", "test_acc", "train_metrics", "val_metrics", "test_metrics"),
+}
 # A training's notes among the weights.
-NOTES = set(
-    ["epoch", "epochs", "step", "global_step", "iter", "iteration", "iterations", "acc", "acc1", "loss", "lr", "optimizer", "scheduler", "lr_scheduler", "scaler", "amp", "best", "best_acc", "best_acc1", "best_top1", "best_prec1", "best_loss", "best_epoch", "arch", "args", "config", "cfg", "opt", "name", "version", "seed", "rng_state", "cuda_rng_state"]
-)
+NOTES = {
+    *("epoch", "epochs", "step", "global_step", "iter", "iteration", "iterations", "acc", "acc1", "loss", "lr"),
+    *("best", "best_acc", "best_acc1", "best_top1", "best_prec1", "best_loss", "best_epoch", "seed"),
+    *("optimizer", "scheduler", "lr_scheduler", "scaler", "amp", "rng_state", "cuda_rng_state"),
+    *("arch", "args", "config", "cfg", "opt", "name", "version"),
+}
 
 ZIP_START, ZIP_END = b"PK\x03\x04", b"PK\x05\x06"  # signatures of the first record, and of the last
 ZIP_END_SIZE = 22  # of the last record; its last two bytes are the length of the comment that follows
@@ -264,9 +271,7 @@ def _code_in(content: bytes, error: str) -> str | None:
     if re.search(rb"ctorch\.nn\.modules\.(?!loss\b)", content):
         return "holds a whole model, which could run code: refused. Save model.state_dict() and give that"
     if not content.startswith(ZIP_START) and OLDER_FORMAT not in content[:40] and content.endswith(b"."):
-        return (
-            "is a pickle, not of torch.save, and could run code: refused. Save a state_dict with torch.save"
-        )
+        return "is a pickle, not of torch.save, and could run code: refused. Save a state_dict with torch.save"
     if named and named[1].isprintable():
         return f"holds more than tensors ({named[1]}) and could run code: refused. Save a state_dict"
     if "global" in error.lower() or "must be imported to load" in error:
