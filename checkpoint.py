@@ -198,9 +198,10 @@ def _parsed(content: bytes, suffix: str) -> tuple[Any, About | None]:
     """
     if not content:
         raise _Foreign("empty")
-    for start, what in FOREIGN.items():
-        if re.match(start, content[:512], re.DOTALL | re.IGNORECASE):
-            raise _Foreign(what)
+    if not _is_safetensors(content):  # whose first bytes, a length, may be any
+        for start, what in FOREIGN.items():
+            if re.match(start, content[:512], re.DOTALL | re.IGNORECASE):
+                raise _Foreign(what)
     if _is_safetensors(content, suffix):
         return _safetensors(content), None
     content, about = _checked(content)
@@ -319,8 +320,8 @@ STAND_INS = [
 ]
 
 
-def _is_safetensors(content: bytes, suffix: str) -> bool:
-    """Whether it begins as a safetensors file does, or is called one and begins as nothing else that holds weights."""
+def _is_safetensors(content: bytes, suffix: str = "") -> bool:
+    """Whether it begins as a safetensors file does, or has its suffix and does not begin as a file of torch.save."""
     if content.startswith(ZIP_START) or OLDER_FORMAT in content[:40]:
         return False
     begins = content[8:9] == b"{" and int.from_bytes(content[:8], "little") <= SAFETENSORS_HEADER
@@ -364,7 +365,7 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _taken(value: object, path: Path, kind: str | None) -> dict[str, Any]:
-    """Of the sets of weights in what the file holds, the one to take; says which where several fit alike.
+    """Of the sets of weights in what the file holds, the one to take; says which where there are several.
 
     Those of the kind asked for come first, then those of a network that is known, then those of WRAPPERS' names, in
     that order. Raises UserError where there is none, or none comes first.
@@ -374,18 +375,17 @@ def _taken(value: object, path: Path, kind: str | None) -> dict[str, Any]:
         name, entries = item
         holds = _architecture(entries)
         steps = [WRAPPERS.index(step) if step in WRAPPERS else len(WRAPPERS) for step in name.split(".") if step]
-        return holds != TITLES.get(kind, ""), holds == OTHER, not name and holds == OTHER, steps
+        return holds != TITLES.get(kind, ""), holds == OTHER, holds == OTHER and not name, steps
 
     found = sorted(_sets(value), key=place)
     if not found:
         raise UserError(f"{path} is not a state_dict (names to plain tensors)")
-    best = place(found[0])
-    rivals = [name or "the file's own" for name, entries in found if place((name, entries))[:2] == best[:2]]
-    if len(rivals) > 1:
-        several = f"{path} holds several networks' weights ({', '.join(rivals)})"
-        if best == place(found[1]) or not several.isprintable():
-            raise UserError(ascii(several)[1:-1] + "; save the one that is meant in a file of its own")
-        say(f"{several}; {rivals[0]} is taken")
+    if len(found) > 1:
+        names = [ascii(name)[1:-1] or "not in any dict" for name, _ in found]
+        several = f"{path} holds several sets of weights ({', '.join(names[:6])}{', ...' * (len(names) > 6)})"
+        if place(found[0]) == place(found[1]):
+            raise UserError(f"{several}: save the one that is meant in a file of its own")
+        say(f"{several}: taking {names[0]}")
     return found[0][1]
 
 
@@ -456,8 +456,10 @@ def _is_bookkeeping(name: str) -> bool:
     return name in NOTES or name.partition(".")[0] in OBJECTIVES or name.rpartition(".")[2] in COUNTERS
 
 
-def _plain(entries: dict[str, Any], path: Path) -> State:
+def _plain(entries: object, path: Path) -> State:
     """The entries as a state_dict of plain tensors. Raises UserError for one that is none."""
+    if not isinstance(entries, dict) or not entries:
+        raise UserError(f"{path} is not a state_dict (names to plain tensors)")
     state = {}
     for key, value in dict.items(entries):
         if not isinstance(key, str) or not key.isprintable():
@@ -549,7 +551,7 @@ def fit_into(network: torch.nn.Module, state: State, path: Path) -> None:
         raise UserError(f"{path} does not fit the network: it {what}")
     weights = {}
     for key, value in expected.items():
-        given = state.get(key, torch.zeros_like(value))
+        given = state[key] if key in state else torch.zeros_like(value)
         if given.shape != value.shape:
             shapes = f"{tuple(given.shape)}, not {tuple(value.shape)}"
             raise UserError(f"{path} does not fit the network: {key} has the shape {shapes}")
