@@ -14,6 +14,7 @@ import os
 import pickle
 import re
 import struct
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -205,7 +206,8 @@ def _parsed(content: bytes, suffix: str) -> tuple[Any, About | None]:
     if _is_safetensors(content, suffix):
         return _safetensors(content), None
     content, about = _checked(content)
-    with torch.serialization.safe_globals(STAND_INS):
+    with torch.serialization.safe_globals(STAND_INS), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of deprecated types and other protocols: what matters is said here
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True), about and _parsed_about(about)
 
 
@@ -458,17 +460,17 @@ def _is_bookkeeping(name: str) -> bool:
 
 def _plain(entries: object, path: Path) -> State:
     """The entries as a state_dict of plain tensors. Raises UserError for one that is none."""
-    if not isinstance(entries, dict) or not entries:
-        raise UserError(f"{path} is not a state_dict (names to plain tensors)")
     state = {}
-    for key, value in dict.items(entries):
+    for key, value in dict.items(entries) if isinstance(entries, dict) else ():
         if not isinstance(key, str) or not key.isprintable():
             raise UserError(f"{path} is not a state_dict: a name in it is not text")
-        flaw = _flaw(value)
-        if flaw and not (key in NOTES and not isinstance(value, torch.Tensor)):
+        if _is_bookkeeping(key) and not isinstance(value, torch.Tensor):
+            continue
+        if flaw := _flaw(value):
             raise UserError(f"{path} is not a state_dict of plain tensors: {key} is {flaw}")
-        if not flaw:
-            state[key] = torch.Tensor.detach(value)  # without attributes that a file can give, which would hide methods
+        state[key] = torch.Tensor.detach(value)  # without attributes that a file can give, which would hide methods
+    if not state:
+        raise UserError(f"{path} is not a state_dict (names to plain tensors)")
     return state
 
 
