@@ -26,7 +26,7 @@ def head(maps):
 
 def outputs():
     student = Outputs(logits=tensor(STUDENT).requires_grad_(), projected=tensor(PROJECTED).requires_grad_())
-    return student, Outputs(logits=tensor(TEACHER), layer4=tensor(MAP), head=head), torch.tensor(LABELS)
+    return student, Outputs(logits=tensor(TEACHER), last_map=tensor(MAP), head=head), torch.tensor(LABELS)
 
 
 def log_softmax(x):
@@ -86,7 +86,7 @@ def test_s2t():
 
 def test_soft_losses_are_zero_where_student_equals_teacher():
     _, teacher, labels = outputs()
-    same = Outputs(logits=teacher.logits, projected=teacher.layer4)
+    same = Outputs(logits=teacher.logits, projected=teacher.last_map)
     assert losses.kd(same, teacher, labels, T=2).abs() < 1e-6
     assert losses.feature_mse(same, teacher, labels) == 0
 
@@ -94,13 +94,13 @@ def test_soft_losses_are_zero_where_student_equals_teacher():
 def test_bf16_outputs_give_float32_losses():
     student, teacher, labels = outputs()
     student = Outputs(logits=student.logits.bfloat16(), projected=student.projected.bfloat16())
-    values = losses.objective(RECIPES["distillation_LDH"])(student, teacher, labels, torch.tensor(0.7))
+    values = losses.Objective(RECIPES["distillation_LDH"])(student, teacher, labels, torch.tensor(0.7))
     assert {value.dtype for value in values.values()} == {torch.float32}
 
 
 EXPECTED = {  # alpha CE + (1 - alpha) soft + beta MSE + gamma S2T, from the table of the experiments
-    "teacher": lambda a: np_ce(STUDENT),
-    "student": lambda a: np_ce(STUDENT),
+    "teacher": lambda a: a * np_ce(STUDENT),  # whose alpha is 1
+    "student": lambda a: a * np_ce(STUDENT),
     "distillation": lambda a: a * np_ce(STUDENT) + (1 - a) * np_kd(2),
     "distillation_KMJ2": lambda a: a * np_ce(STUDENT) + (1 - a) * np_kd(2),
     "distillation_KMJ1": lambda a: a * np_ce(STUDENT) + (1 - a) * np_kd(2),
@@ -118,12 +118,12 @@ EXPECTED = {  # alpha CE + (1 - alpha) soft + beta MSE + gamma S2T, from the tab
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 1.0])
 @pytest.mark.parametrize("recipe", ROWS, ids=lambda row: row.job)
 def test_objective(recipe, alpha):
-    values = losses.objective(recipe)(*outputs(), torch.tensor(alpha))
+    values = losses.Objective(recipe)(*outputs(), torch.tensor(alpha))
     assert values["loss"].item() == pytest.approx(EXPECTED[recipe.job](alpha), rel=1e-5)
 
 
 def test_terms_come_back_before_their_weights():
-    values = losses.objective(RECIPES["distillation_LDH"])(*outputs(), torch.tensor(0.7))
+    values = losses.Objective(RECIPES["distillation_LDH"])(*outputs(), torch.tensor(0.7))
     expected = {"ce": np_ce(STUDENT), "kd": np_kd(2), "mse": NP_MSE}
     assert {name: values[name].item() for name in expected} == pytest.approx(expected, rel=1e-5)
     assert set(values) == {"loss", *expected}
@@ -137,7 +137,7 @@ def test_gradients_reach_the_student_alone(job):
     images = torch.randn(4, 3, 16, 16)
     with torch.no_grad():
         targets = teacher(images)._replace(head=teacher.classify)
-    values = losses.objective(recipe)(student(images), targets, torch.arange(4), torch.tensor(0.5))
+    values = losses.Objective(recipe)(student(images), targets, torch.arange(4), torch.tensor(0.5))
     values["loss"].backward()
     for name, parameter in student.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
@@ -181,14 +181,73 @@ def test_alpha_first_epoch():
         ("first epoch", 1, 1, [[1]]),
         ("first epoch", 2, 1, [[1], [1]]),
         ("first epoch", 1, 2, [[0, 1]]),
+        ("each epoch", 2, 1, [[1], [1]]),
+        ("cosine", 1, 1, [[1]]),
+        ("cosine", 1, 2, [[0, 1]]),
     ],
 )
 def test_alpha_of_single_steps(name, epochs, n, expected):
     assert losses.alpha_schedule(name, epochs, n).equal(tensor(expected))
 
 
-def test_alpha_ends_exactly_at_one():
-    for name in losses.ALPHA_SCHEDULES:
-        schedule = losses.alpha_schedule(name, 50, 196)
-        end = 0.7 if name.endswith("0.7") else 1
-        assert schedule[0, 0] == 0 and schedule[-1, -1] == torch.tensor(end) and schedule.shape == (50, 196)
+def test_alpha_each_epoch():
+    expected = [[0, 1 / 2, 1], [0, 1 / 2, 1]]
+    torch.testing.assert_close(losses.alpha_schedule("each epoch", 2, 3), tensor(expected))
+
+
+def test_alpha_after_the_first_epoch():
+    expected = [[0, 1 / 2, 1], [0.7, 0.7, 0.7], [0.7, 0.7, 0.7]]
+    torch.testing.assert_close(losses.alpha_schedule("first epoch, then 0.7", 3, 3), tensor(expected))
+    expected = [[0, 1 / 2, 1], [1 / 2, 1 / 2, 1 / 2], [1, 1, 1]]
+    torch.testing.assert_close(losses.alpha_schedule("first epoch, then per epoch", 3, 3), tensor(expected))
+
+
+def test_alpha_cosine():
+    expected = [[0, (1 - np.sqrt(1 / 2)) / 2, 1 / 2, (1 + np.sqrt(1 / 2)) / 2, 1]]
+    torch.testing.assert_close(losses.alpha_schedule("cosine", 1, 5), tensor(expected))
+    # It goes over all iterations: the half of 3 epochs of 3 is in the middle of the second.
+    assert losses.alpha_schedule("cosine", 3, 3)[1, 1] == 0.5
+
+
+def test_alpha_descending():
+    torch.testing.assert_close(
+        losses.alpha_schedule("per epoch, descending", 4, 2), tensor([[1, 1], [2 / 3, 2 / 3], [1 / 3, 1 / 3], [0, 0]])
+    )
+    expected = [[1, 1 / 2, 0], [0.3, 0.3, 0.3]]
+    torch.testing.assert_close(losses.alpha_schedule("first epoch, then 0.7, descending", 2, 3), tensor(expected))
+
+
+ASCENDING = [
+    "per epoch",
+    "per iteration",
+    "each epoch",
+    "first epoch",
+    "first epoch, then 0.7",
+    "first epoch, then per epoch",
+    "cosine",
+]
+
+
+def test_every_schedule_has_its_descending_twin():
+    assert list(losses.ALPHA_SCHEDULES) == ASCENDING + [f"{name}, descending" for name in ASCENDING]
+    assert all(f'"{name.partition(",")[0]}"' in losses.alpha_schedule.__doc__ for name in ASCENDING)
+
+
+@pytest.mark.parametrize("name", ASCENDING)
+@pytest.mark.parametrize("epochs, n", [(1, 1), (1, 3), (4, 1), (50, 196)])
+def test_alpha_is_a_weight_and_its_twin_the_rest(name, epochs, n):
+    schedule, twin = (losses.alpha_schedule(x, epochs, n) for x in (name, f"{name}, descending"))
+    for values in (schedule, twin):
+        assert values.shape == (epochs, n) and values.dtype == torch.float32
+        assert values.min() >= 0 and values.max() <= 1
+    torch.testing.assert_close(schedule + twin, torch.ones(epochs, n))
+    if epochs * n == 1:
+        assert schedule == 1 and twin == 0
+
+
+@pytest.mark.parametrize("name", ASCENDING)
+def test_alpha_ends_exactly(name):
+    end, rest = torch.tensor([0.7, 0.3] if name.endswith("0.7") else [1.0, 0.0])
+    schedule, twin = (losses.alpha_schedule(x, 50, 196) for x in (name, f"{name}, descending"))
+    assert schedule[0, 0] == 0 and schedule[-1, -1] == end
+    assert twin[0, 0] == 1 and twin[-1, -1] == pytest.approx(rest.item(), abs=1e-7)
