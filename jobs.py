@@ -315,7 +315,7 @@ def aim(
     """What engine.fit asks for the teacher's outputs, None without a teacher, and what it minimises."""
     if teacher is None:
         return None, losses.Objective(recipe)
-    shapes = [models.shapes(net, batches.size) for net in (network, teacher.network)]
+    shapes = [models.shapes(net, batches.size, batches.n_images) for net in (network, teacher.network)]
     return teacher.source(batches, losses.needs_of(recipe)), losses.Objective(recipe, *shapes).to(batches.device)
 
 

@@ -6,6 +6,8 @@ to write the function and its entry in LOSSES, which says what it needs of the t
 learns: what the teacher computes and remembers, the flags, and the results follow from that.
 """
 
+import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -14,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from loss_parts import Contrast, Review, VariationalRegressors, hint_regressor, paired_stages
 from models import Outputs, Shapes
 from recipes import Recipe
-from util.bounds import NOT_NEGATIVE, POSITIVE, YES_OR_NO, Bound
+from util.bounds import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, YES_OR_NO, Bound
 from util.runtime import UserError
 
 
@@ -33,19 +36,39 @@ class Loss:
     """One loss.
 
     function: (student, teacher, labels, **settings) -> scalar; with learnt parts, parts=the module besides.
-    needs: of the teacher's outputs, by the names of Outputs ("logits", "last_map") and of its stages ("stage1" ...).
-        No other is there to be looked at. The teacher's head and the images' index always are.
+    needs: of the teacher's outputs, by the names of Outputs ("logits", "last_map") and of its stages ("stage1" ...,
+        or "stages", each of them); or a function (**settings) that gives them. No other is there to be looked at. The
+        teacher's head and the images' index always are.
     settings: by name; each is a flag of train_distillation.py as well.
     projects: it looks at the student's projected map, which a feature student has.
-    parts: makes what the loss itself learns, from the student's and the teacher's shapes. It is trained with the
-        student, kept in the state of an unfinished run, and no part of the student's checkpoint.
+    parts: (student's shapes, teacher's shapes, **settings) -> what the loss itself learns and remembers. It is trained
+        with the student, kept in the state of an unfinished run, and no part of the student's checkpoint.
     """
 
     function: Callable[..., torch.Tensor]
-    needs: tuple[str, ...] = ("logits",)
+    needs: tuple[str, ...] | Callable[..., tuple[str, ...]] = ("logits",)
     settings: dict[str, Setting] = field(default_factory=dict)
     projects: bool = False
-    parts: Callable[[Shapes, Shapes], nn.Module] | None = None
+    parts: Callable[..., nn.Module] | None = None
+
+    def own(self, settings: dict[str, float]) -> dict[str, float]:
+        """Those of the settings that are this loss's."""
+        return {name: settings[name] for name in self.settings}
+
+    def needed(self, settings: dict[str, float]) -> tuple[str, ...]:
+        """What it needs of the teacher's outputs with these settings."""
+        return self.needs(**self.own(settings)) if callable(self.needs) else self.needs
+
+
+def in_float32(loss: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The loss without autocast, under which a product of matrices is rounded to bfloat16."""
+
+    @functools.wraps(loss)
+    def run(student: Outputs, teacher: Outputs, labels: torch.Tensor, **named) -> torch.Tensor:
+        with torch.autocast(labels.device.type, enabled=False):
+            return loss(student, teacher, labels, **named)
+
+    return run
 
 
 def cross_entropy(student: Outputs, labels: torch.Tensor) -> torch.Tensor:
@@ -200,7 +223,7 @@ def feature_mse(student: Outputs, teacher: Outputs, labels: torch.Tensor) -> tor
     Romero et al., "FitNets: Hints for Thin Deep Nets" (2015), equation 3, with a 1x1 convolution as the regressor, at
     the last feature map, and as a mean, not half a sum. Maps of different sizes are pooled to the smaller.
     """
-    return F.mse_loss(*same_size(student.projected.float(), teacher.last_map.float()))
+    return F.mse_loss(*same_size(student.projected.float(), teacher.last_map.detach().float()))
 
 
 def s2t(student: Outputs, teacher: Outputs, labels: torch.Tensor) -> torch.Tensor:
@@ -213,11 +236,214 @@ def s2t(student: Outputs, teacher: Outputs, labels: torch.Tensor) -> torch.Tenso
     return F.cross_entropy(teacher.head(student.projected).float(), labels)
 
 
+def fitnet(student: Outputs, teacher: Outputs, labels: torch.Tensor, stage: int, parts: nn.Module) -> torch.Tensor:
+    """FitNet = mean over all elements of (r(student map) - teacher map)^2, both at one stage; maps (B, C, H, W).
+
+    Romero et al., "FitNets: Hints for Thin Deep Nets" (2015), equation 3: a hint from a middle stage, r a learnt
+    regressor, here a 1x1 convolution; as a mean, as the field computes it. The field's table has stage 2 and weight
+    100. Maps of different sizes are pooled to the smaller.
+    """
+    name = f"stage{stage}"
+    small, hint = same_size(student.maps[name].float(), teacher.maps[name].detach().float())
+    return F.mse_loss(parts(small).float(), hint)
+
+
+def at(student: Outputs, teacher: Outputs, labels: torch.Tensor) -> torch.Tensor:
+    """AT = sum over stages of the mean over images and positions of (Q_s - Q_t)^2; maps (B, C, H, W).
+
+    Zagoruyko, Komodakis, "Paying More Attention to Attention" (2017), equation 2 with p = 2: Q is an image's map of
+    the mean over channels of the squared activations, (H W,), divided by its Euclidean norm. The mean of squares is
+    that of the authors' code; the field's table has weight 1000. Maps of different sizes are pooled to the smaller.
+    Raises UserError where the networks have different stages.
+    """
+    pairs = [same_size(s.float(), t.detach().float()) for s, t in paired_stages(student, teacher)]
+    return sum(F.mse_loss(_attention(s), _attention(t)) for s, t in pairs)
+
+
+def _attention(maps: torch.Tensor) -> torch.Tensor:
+    return F.normalize(maps.square().mean(1).flatten(1))
+
+
+@in_float32
+def sp(student: Outputs, teacher: Outputs, labels: torch.Tensor) -> torch.Tensor:
+    """SP = 1 / B^2 * squared Frobenius norm of G_s - G_t, with G = A A^T, (B, B), each row divided by its norm.
+
+    Tung, Mori, "Similarity-Preserving Knowledge Distillation" (2019), equations 1 to 4, at the last feature map; A is
+    (B, C H W). The published weight is 3000.
+    """
+    return F.mse_loss(_similarities(student.last_map), _similarities(teacher.last_map.detach()))
+
+
+def _similarities(maps: torch.Tensor) -> torch.Tensor:
+    rows = maps.float().permute(0, 2, 3, 1).flatten(1)  # no copy of maps whose channels stand last in memory
+    return F.normalize(rows @ rows.T)
+
+
+@in_float32
+def rkd(
+    student: Outputs, teacher: Outputs, labels: torch.Tensor, distance_weight: float, angle_weight: float
+) -> torch.Tensor:
+    """RKD = distance_weight * mean over i, j of huber(d_ij) + angle_weight * mean over i, j, k of huber(cos_ijk).
+
+    Park et al., "Relational Knowledge Distillation" (2019), equations 3 to 8, on pooled last feature maps x, (B, C):
+    d_ij = |x_i - x_j| / its mean over pairs that differ, cos_ijk the cosine of the angle at x_j between x_i and x_k,
+    and huber(v) the Huber loss, of threshold 1, of the student's v and the teacher's. Pairs and triples of one image
+    with itself count in the means, as in the authors' code. Published: weights 25 and 50.
+    """
+    d_s, d_t = _distances(pooled(student.last_map)), _distances(pooled(teacher.last_map.detach()))
+    return distance_weight * F.smooth_l1_loss(d_s, d_t) + angle_weight * _angle_loss(d_s, d_t)
+
+
+def _distances(x: torch.Tensor) -> torch.Tensor:
+    """Of each pair of rows, divided by the mean of those above 0."""
+    x = x.double()  # else rounding would set equal rows apart
+    products = (x - x.mean(0)) @ (x - x.mean(0)).T
+    squares = products.diag() + products.diag().unsqueeze(1) - 2 * products
+    apart = squares > 1e-12 * squares.mean()
+    d = torch.where(apart, torch.where(apart, squares, 1).sqrt(), 0)
+    mean = d.sum() / apart.sum().clamp(min=1)
+    return (d / mean.clamp(min=1e-12)).float()
+
+
+def _angle_loss(d_s: torch.Tensor, d_t: torch.Tensor) -> torch.Tensor:
+    """The mean of huber(cos_ijk) from both networks' distances, its gradient computed with it, a part at a time.
+
+    The graph of all B^3 at once would be most of a step's memory, and its parts stay in the processor's cache.
+    """
+    d, total, slope = d_s.detach().requires_grad_(), 0, torch.zeros_like(d_s)
+    for j in torch.arange(len(d), device=d.device).split(max(1, 2**21 // d.numel())):
+        with torch.enable_grad():
+            part = F.smooth_l1_loss(_cosines(d, j), _cosines(d_t, j), reduction="sum") / len(d) ** 3
+        total, slope = total + part.detach(), slope + torch.autograd.grad(part, d)[0]
+    linear = (d_s * slope).sum()
+    return total + (linear - linear.detach())
+
+
+def _cosines(d: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+    """Of the angles at these j between i and k, [j, i, k], from the distances; 0 where i or k is where j is.
+
+    By the law of cosines: the vectors between all pairs of points would be (B, B, C).
+    """
+    apart = d[j] > 0
+    inverse = torch.where(apart, 1 / torch.where(apart, d[j], 1), 0)
+    squares = d[j].square()
+    sides = squares[:, :, None] + squares[:, None, :] - d.square()
+    return sides * (inverse[:, :, None] * inverse[:, None, :]) / 2
+
+
+@in_float32
+def pkt(student: Outputs, teacher: Outputs, labels: torch.Tensor) -> torch.Tensor:
+    """PKT = 1 / B^2 * sum over i, j of t_ij log(t_ij / s_ij), from the pooled last feature maps, (B, C).
+
+    Passalis, Tefas, "Learning Deep Representations with Probabilistic Knowledge Transfer" (2018), equations 3 to 6: t
+    and s are the teacher's and the student's (1 + cosine of images i and j) / 2, divided by the sum over j. As a mean
+    and with 1e-7 added to both probabilities, as in the authors' code. The field's table has weight 30000.
+    """
+    s, t = (_probabilities(pooled(maps)) for maps in (student.last_map, teacher.last_map.detach()))
+    return (t * ((t + 1e-7).log() - (s + 1e-7).log())).mean()
+
+
+def _probabilities(x: torch.Tensor) -> torch.Tensor:
+    x = F.normalize(x)
+    likeness = (x @ x.T + 1) / 2
+    return likeness / likeness.sum(1, keepdim=True)
+
+
+def vid(student: Outputs, teacher: Outputs, labels: torch.Tensor, eps: float, parts: nn.Module, **_) -> torch.Tensor:
+    """VID = sum over stages of the mean over all elements of ((t - mu(s))^2 / v + log v) / 2; maps (B, C, H, W).
+
+    Ahn et al., "Variational Information Distillation for Knowledge Transfer" (2019), equations 5 and 6: t is taken as
+    normal around mu, three learnt 1x1 convolutions of the student's map s, with a learnt variance for each channel,
+    v = log(1 + exp(a)) + eps. Published: v 5 at the start, eps 1e-5; the field's table has weight 1. Maps of different
+    sizes are pooled to the smaller. Raises UserError where the networks have different stages.
+    """
+    total = 0
+    for (s, t), stage in zip(paired_stages(student, teacher), parts, strict=True):
+        s, t = same_size(s.float(), t.detach().float())
+        error = (stage.mean(s).float() - t).square().mean((0, 2, 3))  # of each channel, as its variance is
+        variance = F.softplus(stage.scale) + eps
+        total = total + (error / variance + variance.log()).mean() / 2
+    return total
+
+
+@in_float32
+def crd(
+    student: Outputs,
+    teacher: Outputs,
+    labels: torch.Tensor,
+    T: float,
+    negatives: int,
+    bank_momentum: float,
+    parts: Contrast,
+    **_,
+) -> torch.Tensor:
+    """CRD = sum over both networks of the mean over images of -log h(positive) - sum over negatives of log(1 - h).
+
+    Tian, Krishnan, Isola, "Contrastive Representation Distillation" (2020), equations 10 to 19: the pooled last
+    feature map of each network, embedded linearly in 128 dimensions and normalised, is told, among remembered
+    embeddings of the other network, to that of the same image from those of N negatives: h = p / (p + N / M) of M
+    images, p = exp(product / T) / Z, Z the mean of the first batch's exp times M. What is remembered follows with
+    bank_momentum. Published: N 16384, T 0.07, momentum 0.5, weight 0.8; negatives of other classes. Here a batch draws
+    once for all its images, from torch's global generator, and an image's negatives are those drawn of other classes
+    than its own, as far as classes have been seen, with their mean times N.
+    """
+    s = F.normalize(parts.embed_student(pooled(student.last_map)))
+    t = F.normalize(parts.embed_teacher(pooled(teacher.last_map.detach())))
+    parts.labels[teacher.index] = labels
+    drawn = torch.randperm(len(parts.labels))[:negatives].to(labels.device)
+    other = parts.labels[drawn] != labels.unsqueeze(1)
+    log_ratio = math.log(negatives / len(parts.labels))
+    total = 0
+    for anchor, bank, log_z in ((s, parts.bank_teacher, parts.log_z[0]), (t, parts.bank_student, parts.log_z[1])):
+        positive = (anchor * bank[teacher.index]).sum(1) / T
+        negative = (anchor @ bank[drawn].T / T).masked_fill(~other, -math.inf)
+        parts.normalise(log_z, positive, negative)
+        told = -F.logsigmoid(positive - log_z - log_ratio)
+        refused = -F.logsigmoid(log_ratio + log_z - negative).sum(1) / other.sum(1).clamp(min=1)
+        total = total + (told + negatives * refused).mean()
+    parts.remember(teacher.index, s, t, bank_momentum)
+    return total
+
+
+def reviewkd(student: Outputs, teacher: Outputs, labels: torch.Tensor, parts: Review) -> torch.Tensor:
+    """ReviewKD = sum over levels of HCL(fused student level, teacher level); levels: all stages' maps, and the pooled.
+
+    Chen et al., "Distilling Knowledge via Knowledge Review" (2021), sections 3.2 and 3.3: from the deepest level up,
+    each of the student's is fused with those below it (ABF, loss_parts.Fusion) and brought to the teacher's shape. HCL
+    is the mean of the mean squared errors of the maps (weight 1) and of both averaged down to 4x4, 2x2 and 1x1 (1/2,
+    1/4, 1/8), where a map is larger. Published for CIFAR with weight 1 (a student of the teacher's family) to 8,
+    reached over 20 epochs, and the teacher's maps before their last ReLU; here they come after it. Raises UserError
+    where the networks have different stages.
+    """
+    pairs = paired_stages(student, teacher) + [
+        [pooled(outputs.last_map)[:, :, None, None] for outputs in (student, teacher)]
+    ]
+    fused = parts([s.float() for s, _ in pairs], [t.shape[2:] for _, t in pairs])
+    return sum(_hcl(s.float(), t.detach().float()) for s, (_, t) in zip(fused, pairs, strict=True))
+
+
+def _hcl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    total, weights, weight = F.mse_loss(student, teacher), 1.0, 1.0
+    for side in (4, 2, 1):
+        if side < student.shape[2]:
+            weight /= 2
+            weights += weight
+            total = total + weight * F.mse_loss(*(F.adaptive_avg_pool2d(maps, side) for maps in (student, teacher)))
+    return total / weights
+
+
+def pooled(maps: torch.Tensor) -> torch.Tensor:
+    """The maps (B, C, H, W) averaged over their positions, in float32: (B, C)."""
+    return maps.float().mean((2, 3))
+
+
 def same_size(*maps: torch.Tensor) -> list[torch.Tensor]:
     """The maps (B, C, H, W), each averaged down to the smallest height and width among them."""
     height, width = (min(x.shape[axis] for x in maps) for axis in (2, 3))
     return [x if x.shape[2:] == (height, width) else F.adaptive_avg_pool2d(x, (height, width)) for x in maps]
 
+
+STAGE = Bound(int, "a stage's number, 1 to 4", lambda x: 1 <= x <= 4)
 
 LOSSES: dict[str, Loss] = {
     "kd": logit_loss(kd, T=Setting(4.0, POSITIVE, "temperature")),
@@ -242,6 +468,44 @@ LOSSES: dict[str, Loss] = {
     ),
     "mse": Loss(feature_mse, needs=("last_map",), projects=True),
     "s2t": Loss(s2t, needs=(), projects=True),
+    "fitnet": Loss(
+        fitnet,
+        needs=lambda stage: (f"stage{stage}",),
+        settings={"stage": Setting(2, STAGE, "the stage whose maps are compared")},
+        parts=hint_regressor,
+    ),
+    "at": Loss(at, needs=("stages",)),
+    "sp": Loss(sp, needs=("last_map",)),
+    "rkd": Loss(
+        rkd,
+        needs=("last_map",),
+        settings={
+            "distance_weight": Setting(25.0, NOT_NEGATIVE, "weight of the distances between images"),
+            "angle_weight": Setting(50.0, NOT_NEGATIVE, "weight of the angles between images"),
+        },
+    ),
+    "pkt": Loss(pkt, needs=("last_map",)),
+    "vid": Loss(
+        vid,
+        needs=("stages",),
+        settings={
+            "init_variance": Setting(5.0, POSITIVE, "the learnt variances at the start"),
+            "eps": Setting(1e-5, POSITIVE, "the least that a learnt variance can be"),
+        },
+        parts=VariationalRegressors,
+    ),
+    "crd": Loss(
+        crd,
+        needs=("last_map",),
+        settings={
+            "T": Setting(0.07, POSITIVE, "temperature"),
+            "negatives": Setting(16384, COUNT, "negatives for each image"),
+            "bank_momentum": Setting(0.5, FRACTION, "what stays of a remembered embedding when a new one comes"),
+            "dimension": Setting(128, COUNT, "of the embeddings"),
+        },
+        parts=Contrast,
+    ),
+    "reviewkd": Loss(reviewkd, needs=("stages", "last_map"), parts=Review),
 }
 
 
@@ -255,8 +519,9 @@ def terms_of(recipe: Recipe) -> dict[str, Loss]:
 
 
 def needs_of(recipe: Recipe) -> frozenset[str]:
-    """Which of the teacher's outputs the recipe's terms look at."""
-    return frozenset(need for loss in terms_of(recipe).values() for need in loss.needs)
+    """Which of the teacher's outputs the recipe's terms look at, with its settings. Raises UserError as settings_of."""
+    settings = settings_of(recipe)
+    return frozenset(need for loss in terms_of(recipe).values() for need in loss.needed(settings))
 
 
 def settings_of(recipe: Recipe) -> dict[str, float]:
@@ -286,10 +551,10 @@ class Objective(nn.Module):
         super().__init__()
         terms, settings = terms_of(recipe), settings_of(recipe)
         self.soft, self.beta, self.gamma = recipe.soft, recipe.beta, recipe.gamma
-        self.parts = nn.ModuleDict({name: loss.parts(student, teacher) for name, loss in terms.items() if loss.parts})
-        self.terms = {
-            name: (loss.function, {key: settings[key] for key in loss.settings}) for name, loss in terms.items()
-        }
+        self.terms = {name: (loss.function, loss.own(settings)) for name, loss in terms.items()}
+        self.parts = nn.ModuleDict(
+            {name: loss.parts(student, teacher, **loss.own(settings)) for name, loss in terms.items() if loss.parts}
+        )
 
     def forward(
         self, student: Outputs, teacher: Outputs | None, labels: torch.Tensor, alpha: torch.Tensor

@@ -39,12 +39,14 @@ class Outputs(NamedTuple):
 class Shapes(NamedTuple):
     """The shapes of a network's outputs for one image, from which a loss makes its learnt parts.
 
-    classes: of the logits. last_map: (C, H, W). maps: (C, H, W) under each stage's name.
+    classes: of the logits. last_map: (C, H, W). maps: (C, H, W) under each stage's name. n_images: how many images it
+    is trained on, which Outputs.index counts.
     """
 
     classes: int
     last_map: tuple[int, int, int]
     maps: Mapping[str, tuple[int, int, int]]
+    n_images: int
 
 
 class CifarResNet(ResNet):
@@ -113,13 +115,13 @@ def build(arch: str, num_classes: int, stem: str = "small") -> CifarResNet:
 
 
 @torch.no_grad()
-def shapes(network: CifarResNet, image_size: int) -> Shapes:
-    """What the network gives for images of that side, found by running a copy of it over one."""
+def shapes(network: CifarResNet, image_size: int, n_images: int) -> Shapes:
+    """What the network gives for n_images images of that side, found by running a copy of it over one."""
     probe = copy.deepcopy(network).eval()
     weight = next(probe.parameters())
     outputs = probe(torch.zeros(1, 3, image_size, image_size, device=weight.device, dtype=weight.dtype))
     maps = {name: tuple(value.shape[1:]) for name, value in outputs.maps.items()}
-    return Shapes(outputs.logits.shape[1], tuple(outputs.last_map.shape[1:]), maps)
+    return Shapes(outputs.logits.shape[1], tuple(outputs.last_map.shape[1:]), maps, n_images)
 
 
 def folded(network: CifarResNet) -> CifarResNet:

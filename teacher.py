@@ -70,11 +70,16 @@ class Teacher:
     def source(self, batches: Batches, needs: frozenset[str]) -> Source:
         """What gives this teacher's outputs fastest for these batches: remembered ones where they can be, else itself.
 
-        needs: the outputs that are asked for, by their names in models.Outputs and models.STAGES. What is remembered is
-        shared by all later calls for the same images; of several processes on a machine the first computes it.
+        needs: the outputs that are asked for, by their names in models.Outputs and of the stages, "stages" meaning each
+        of them. What is remembered is shared by all later calls for the same images; of several processes on a machine the first computes it.
         """
         if self.cache_dir is None:
             return self
+        if "stages" in needs | self.needs:
+            stages = models.shapes(self.network, batches.size, batches.n_images).maps.keys()
+            needs, self.needs = (
+                named - {"stages"} | stages if "stages" in named else named for named in (needs, self.needs)
+            )
         if batches.augment:
             return self._view_source(batches, needs)
         cache = self.caches.setdefault(batches.fingerprint(), TeacherCache(self))
@@ -166,7 +171,8 @@ class TeacherCache:
 
     def _forms(self, batches: Batches, names: frozenset[str]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """The shape and the type of each output for all images, the logits first."""
-        shapes, n = models.shapes(self.teacher.network, batches.size), batches.n_images
+        n = batches.n_images
+        shapes = models.shapes(self.teacher.network, batches.size, n)
         # Half precision halves the files and keeps more digits than bf16 arithmetic gave; fp32 stays plain.
         kind = np.dtype(np.float16 if self.teacher.runtime.precision == "bf16" else np.float32)
         forms = {"logits": ((n, shapes.classes), np.dtype(np.float32))}

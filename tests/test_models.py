@@ -80,9 +80,9 @@ def test_the_standard_stem_is_torchvisions_own_network():
 def test_shapes_are_those_of_the_outputs():
     network = models.build("feature_student", 10)
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    shapes = models.shapes(network, 16)
+    shapes = models.shapes(network, 16, 7)
     outputs = network.eval()(torch.randn(2, 3, 16, 16))
-    assert shapes.classes == 10 and shapes.last_map == outputs.last_map.shape[1:] == (512, 2, 2)
+    assert (shapes.classes, shapes.n_images) == (10, 7) and shapes.last_map == outputs.last_map.shape[1:] == (512, 2, 2)
     assert shapes.maps == {name: value.shape[1:] for name, value in outputs.maps.items()}
     assert shapes.maps["stage1"] == (64, 16, 16) and shapes.maps["stage4"] == (512, 2, 2)
     assert all(value.equal(before[key]) for key, value in network.state_dict().items())
