@@ -71,7 +71,8 @@ class Teacher:
         """What gives this teacher's outputs fastest for these batches: remembered ones where they can be, else itself.
 
         needs: the outputs that are asked for, by their names in models.Outputs and of the stages, "stages" meaning each
-        of them. What is remembered is shared by all later calls for the same images; of several processes on a machine the first computes it.
+        of them. What is remembered is shared by all later calls for the same images; of several processes on a machine
+        the first computes it.
         """
         if self.cache_dir is None:
             return self

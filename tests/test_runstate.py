@@ -1,20 +1,20 @@
 """Runs that die and go on: exactly, and never over another's work."""
 
+import contextlib
 import errno
+import functools
 import os
 import random
 import re
-import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from conftest import ROOT
+from as_processes import FORKS, Started, thin
 from test_scripts import EPOCH, refused
 
+import models
 from util import files, runstate
 from util.runtime import UserError
 
@@ -23,10 +23,21 @@ RUN = ["--epochs", 8, "--batch_size", 8, "--scheduler_step", 3]
 
 
 @pytest.fixture
-def folder(tmp_path, small_teacher):
+def process(tmp_path):
+    return functools.partial(Started, cwd=tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def thin_networks(monkeypatch):
+    thin(monkeypatch.setattr)
+
+
+@pytest.fixture
+def folder(tmp_path, scaled_like_trained):
     path = tmp_path / "checkpoints"
     path.mkdir()
-    shutil.copy(small_teacher, path / "resnet50.pth")
+    torch.manual_seed(5)
+    torch.save(scaled_like_trained(models.build("teacher", 4)).state_dict(), path / "resnet50.pth")
     return path
 
 
@@ -69,36 +80,69 @@ def test_killed_at_random_and_resumed_the_weights_are_the_same(process, small, f
     assert not list(folder.glob("*.state*")) and not list(folder.glob("*.tmp"))
 
 
-@pytest.mark.parametrize(
-    "number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 0), (signal.SIGHUP, 129)]
-)
+SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 0), (signal.SIGHUP, 129)]
+
+
+@pytest.mark.parametrize("number, code", SIGNALS)
 def test_a_signal_stops_in_mid_epoch(process, small, folder, number, code):
-    args = ["train.py", "--model_job", "student", *small, "--checkpoint_dir", folder, "--batch_size", 2, "--epochs", 3]
+    args = ["train.py", "--model_job", "student", *small, "--checkpoint_dir", folder, "--batch_size", 2, "--epochs", 6]
     expected, _ = undisturbed(process, args, folder / "resnet18.pth")
-    running = process(*args)
+    running = process(*args, "--overwrite")
     assert re.match(EPOCH, running.stdout.readline())
     time.sleep(0.05)
     running.send_signal(number)
     _, err = running.communicate(timeout=60)
     assert running.returncode == code
     assert "go on with: python" in err and "--resume" in err and "Traceback" not in err
+    assert err.count("stopping after this batch") == 1
     state = runstate.load(folder / "resnet18.state")
-    assert state["position"]["epoch"] == 1 and state["position"]["iteration"] > 0
+    assert state["position"]["epoch"] >= 1 and state["position"]["iteration"] > 0
     assert not (folder / "resnet18.pth").exists()
     running = process(*args, "--resume")
     out, err = running.communicate(timeout=60)
     assert running.returncode == 0, err
-    assert (folder / "resnet18.pth").read_bytes() == expected and out.count("Epoch") == 2
+    assert (folder / "resnet18.pth").read_bytes() == expected
+    assert out.count("Epoch") == 6 - state["position"]["epoch"]
 
 
-def wait_for(path, running):
-    """Until the file is there, for 60 seconds at most."""
-    for _ in range(1200):
-        if path.exists():
+ENDLESS = ["--model_job", "student", "--epochs", 100000, "--batch_size", 8]
+
+
+@pytest.mark.parametrize("changes", ["thin", "thin,nohup"])
+def test_a_terminal_that_hangs_up_costs_nothing(process, small, folder, changes):
+    """Its stdout and stderr are gone, then SIGHUP comes, twice; with nohup it is not to stop for that."""
+    running = process("train.py", *small, "--checkpoint_dir", folder, *ENDLESS, changes=changes, together=True)
+    running.stdout.readline()
+    running.stdout.close()
+    hang_up(running, folder)
+    if "nohup" in changes:
+        assert running.poll() is None
+        running.send_signal(signal.SIGTERM)
+    running.join()
+    assert running.returncode == (143 if "nohup" in changes else 129)
+    assert runstate.load(folder / "resnet18.state")["figures"]
+
+
+def hang_up(running, folder):
+    """Two SIGHUPs, further apart than a user's one wish, and some epochs after them."""
+    for _ in range(2):
+        running.send_signal(signal.SIGHUP)
+        time.sleep(1.2 * runstate.ONE_WISH)
+        if running.poll() is not None:
             return
+    before = (folder / "resnet18.state").stat().st_ino
+    wait_until(lambda: (folder / "resnet18.state").stat().st_ino != before, running)
+
+
+def wait_until(true, running):
+    """For 60 seconds at most."""
+    for _ in range(6000):
+        with contextlib.suppress(FileNotFoundError):
+            if true():
+                return
         assert running.poll() is None, running.communicate()
-        time.sleep(0.05)
-    raise AssertionError(f"{path} never came")
+        time.sleep(0.01)
+    raise AssertionError("it never came")
 
 
 @pytest.fixture
@@ -166,7 +210,7 @@ def test_reproduce_goes_on_by_itself(process, small, folder):
     for path in [*folder.glob("D*.pth"), *(folder.parent / "results" / "folder").iterdir()]:
         path.unlink()
     running = process(*args)
-    wait_for(folder / "resnet18.state", running)
+    wait_until((folder / "resnet18.state").exists, running)
     running.kill()
     running.communicate()
     running = process(*args)
@@ -176,9 +220,9 @@ def test_reproduce_goes_on_by_itself(process, small, folder):
 
 
 def test_a_second_process_is_told_who_holds_the_run(process, script, small, folder):
-    args = ["train.py", "--model_job", "student", *small, "--checkpoint_dir", folder, "--epochs", 100000]
+    args = ["train.py", *small, "--checkpoint_dir", folder, *ENDLESS]
     running = process(*args)
-    wait_for(folder / "resnet18.state", running)
+    wait_until((folder / "resnet18.state").exists, running)
     refused(script(*args), f"process {running.pid} on")
     running.kill()
     running.communicate()
@@ -225,7 +269,7 @@ def mutations(content, n):
 
 def test_a_damaged_state_is_refused_and_the_one_before_offered(state_file):
     content = state_file.read_bytes()
-    for mutant in [b"", content[:-1], content + b"x", *mutations(content, 3000)]:
+    for mutant in [b"", content[:-1], content + b"x", *mutations(content, 1000)]:
         state_file.write_bytes(mutant)
         with pytest.raises(UserError, match="a.state is damaged .* mv .*a.state.previous"):
             runstate.load(state_file)
@@ -282,7 +326,7 @@ def test_a_full_disk_does_not_stop_the_run(script, small, folder, failing):
 def test_a_full_disk_leaves_the_state_as_it_was(state_file, failing):
     before = state_file.read_bytes(), runstate.previous(state_file).read_bytes()
     failing("a.state", errno.ENOSPC)
-    with pytest.raises(UserError, match="No space left on device; what was there is as it was"):
+    with pytest.raises(UserError, match=r"No space left on device \(\S+ MB are free\); what was there is as it was"):
         runstate.save({"position": {"epoch": 3}}, state_file)
     assert (state_file.read_bytes(), runstate.previous(state_file).read_bytes()) == before
     assert len(list(state_file.parent.iterdir())) == 2
@@ -310,10 +354,17 @@ def test_what_a_killed_process_left_goes(script, small, folder):
 
 def test_a_lock_goes_with_its_process_even_if_a_child_lives_on(tmp_path):
     """A worker process that outlives a killed run inherits its files, but must not hold its lock."""
-    code = "import os, pathlib, time\nfrom util import files\nwith files.locked(pathlib.Path('lock')):\n"
-    code += "    if os.fork() == 0: time.sleep(30)\n    os.kill(os.getpid(), 9)"
-    child = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    child.wait(timeout=60)
+    child = FORKS.Process(target=die_with_a_lock, args=(tmp_path / "lock",))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL and (tmp_path / "lock").exists()
     with files.locked(tmp_path / "lock"):
         pass
     assert not (tmp_path / "lock").exists()
+
+
+def die_with_a_lock(path):
+    with files.locked(path):
+        if os.fork() == 0:
+            time.sleep(30)
+        os.kill(os.getpid(), signal.SIGKILL)
