@@ -634,6 +634,11 @@ def test_claims_that_are_not_settled(tmp_path):
     assert claim.evidence[-1] == "no run to compare with distillation: distillation_KMJ0"
 
 
+def test_claims_are_judged_as_the_table_judges(tmp_path):
+    found = put_claimed(tmp_path, {"distillation_LDH": 107, KD: 107})  # 2 / 2^7 each, doubled as there are two of them
+    assert "p 0.0312 after Holm" in found[0].evidence[0] and "p 0.0312 after Holm" in found[3].evidence[0]
+
+
 def test_claims_where_nothing_is_to_compare_with(tmp_path):
     put(tmp_path, KD, 60.0)
     assert [claim.verdict for claim in findings.claims(results.read(tmp_path))] == ["not settled"] * 4
