@@ -173,7 +173,6 @@ def test_a_state_is_not_silently_overwritten(script, stopped, folder):
     "flags, word",
     [
         (["--epochs", 7], "recipe.epochs: 8 there, 7 now"),
-        (["--seed", 1], "seed: 0 there, 1 now"),
         (["--learning_rate", 0.01], "recipe.learning_rate"),
         (["--batch_size", 10], "recipe.batch_size"),
         (["--augment"], "augment"),
