@@ -122,7 +122,9 @@ def held_out(split: Split, fraction: float, num_classes: int) -> tuple[Split, Sp
         bare += 0 < len(members) <= n
         held.append(members[torch.randperm(len(members), generator=generator)[:n]])
     if bare:
-        raise UserError(f"holding out {fraction:g} leaves {bare} classes without a training image; hold out less")
+        raise UserError(
+            f"--val_fraction {fraction:g} leaves {bare} of {num_classes} classes without a training image; lower it"
+        )
     mask = torch.zeros(len(split.labels), dtype=torch.bool)
     mask[torch.cat(held)] = True
     return _subset(split, (~mask).nonzero().flatten()), _subset(split, mask.nonzero().flatten())
@@ -277,6 +279,14 @@ def _generator(seed: int, epoch: int, purpose: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
 
 
+class Trained(NamedTuple):
+    """What a network was trained with."""
+
+    classes: tuple[str, ...]
+    mean: Statistics
+    std: Statistics
+
+
 def load(
     name: str, data_dir: str | Path = "data", image_size: int | None = None, stream: bool = False,
     classes: tuple[str, ...] | None = None, mean: Statistics | None = None, std: Statistics | None = None,
@@ -306,14 +316,6 @@ def load(
         return _tiny_imagenet(data_dir, image_size or 64, stream, trained)
     dataset = _digits() if name == "digits" else _cifar(name, data_dir)
     return _as_trained(dataset, trained) if trained else dataset
-
-
-class Trained(NamedTuple):
-    """What a network was trained with."""
-
-    classes: tuple[str, ...]
-    mean: Statistics
-    std: Statistics
 
 
 def _expanded(data_dir: str | Path) -> Path:

@@ -264,6 +264,17 @@ def test_no_network_says_where_to_put_the_file(name, file, tmp_path, no_download
         data.load(name, tmp_path)
 
 
+def test_what_was_downloaded_is_read(tmp_path, monkeypatch):
+    def download(root, download):
+        print("Extracting")
+        monkeypatch.setitem(cifar.KINDS, "cifar100", write_cifar100(root, 100, 100))
+
+    download.filename, download.url = "cifar-100-python.tar.gz", "https://..."
+    monkeypatch.setattr(datasets, "CIFAR100", download)
+    monkeypatch.setitem(cifar.KINDS, "cifar100", write_cifar100(tmp_path / "as it will be", 100, 100))
+    assert len(data.load("cifar100", tmp_path / "data").train.labels) == 100
+
+
 def test_a_cut_archive_is_fetched_anew(tmp_path, no_download):
     (tmp_path / "cifar-100-python.tar.gz").write_bytes(b"x")
     with pytest.raises(UserError, match="cifar-100-python.tar.gz is incomplete or damaged, and cifar100 can't"):
@@ -330,7 +341,7 @@ def test_held_out_leaves_each_class_an_image():
     split = data.Split(torch.zeros(4, 8, 8, 3, dtype=torch.uint8), torch.tensor([0, 0, 1, 2]))
     train, val = data.held_out(split, 0.1, 4)
     assert val.labels.tolist() == [0] and sorted(train.labels.tolist()) == [0, 1, 2]
-    with pytest.raises(UserError, match="holding out 0.9 leaves 1 classes without a training image"):
+    with pytest.raises(UserError, match="--val_fraction 0.9 leaves 1 of 4 classes without a training image"):
         data.held_out(split, 0.9, 4)
 
 

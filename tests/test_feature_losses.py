@@ -116,22 +116,39 @@ def cosine(a, b):
     return a @ b / sqrt(a @ a * (b @ b)) if a.any() and b.any() else 0.0
 
 
+def np_rkd(x, y, weights):
+    images = range(len(x))
+    pairs = [(i, j) for i in images for j in images]
+    scales = [np.mean([d for d in (np.linalg.norm(z[i] - z[j]) for i, j in pairs) if d > 0]) for z in (x, y)]
+    distance, angle = 0, 0
+    for i, j in pairs:
+        v = np.linalg.norm(x[i] - x[j]) / scales[0] - np.linalg.norm(y[i] - y[j]) / scales[1]
+        distance += huber(v) / len(x) ** 2
+        for k in images:
+            angle += huber(cosine(x[i] - x[j], x[k] - x[j]) - cosine(y[i] - y[j], y[k] - y[j])) / len(x) ** 3
+    return weights[0] * distance + weights[1] * angle
+
+
 @pytest.mark.parametrize("weights", [(25, 50), (1, 0), (0, 1)])
 def test_rkd(weights):
     x, y = (array(outputs.last_map).mean((2, 3)) for outputs in (S, T))
     y[2] *= 9  # an outlier, where the Huber loss is linear
-    pairs = [(i, j) for i in range(B) for j in range(B)]
-    mean_x, mean_y = (np.mean([np.linalg.norm(z[i] - z[j]) for i, j in pairs if i != j]) for z in (x, y))
-    distance, angle = 0, 0
-    for i, j in pairs:
-        v = np.linalg.norm(x[i] - x[j]) / mean_x - np.linalg.norm(y[i] - y[j]) / mean_y
-        distance += huber(v) / B**2
-        for k in range(B):
-            angle += huber(cosine(x[i] - x[j], x[k] - x[j]) - cosine(y[i] - y[j], y[k] - y[j])) / B**3
     teacher = T._replace(last_map=torch.tensor(y, dtype=torch.float32)[:, :, None, None])
     found = value("rkd", S, teacher, distance_weight=weights[0], angle_weight=weights[1])
-    assert found.item() == pytest.approx(weights[0] * distance + weights[1] * angle, rel=1e-4)
+    assert found.item() == pytest.approx(np_rkd(x, y, weights), rel=1e-4)
     assert settings("rkd") == {"distance_weight": 25, "angle_weight": 50}
+
+
+def test_rkd_of_images_that_are_nearly_or_quite_the_same():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(5, 50)).astype(np.float32), rng.normal(size=(5, 60)).astype(np.float32)
+    x[1:3] = x[0] + 1e-4 * rng.normal(size=(2, 50))
+    x[4] = x[3]
+    student, teacher = (Outputs(last_map=torch.tensor(z)[:, :, None, None].requires_grad_()) for z in (x, y))
+    found = value("rkd", student, teacher)
+    assert found.item() == pytest.approx(np_rkd(x.astype(float), y.astype(float), (25, 50)), rel=1e-3)
+    slope = torch.autograd.grad(found, student.last_map)[0].squeeze()
+    assert slope.isfinite().all() and slope[3].abs().max() < 10 and slope[4].abs().max() < 10
 
 
 def test_rkd_in_parts_has_the_gradient_of_the_whole():
@@ -221,6 +238,12 @@ def test_crd_over_two_steps(changed):
             bank[INDEX] = mixed / np.linalg.norm(mixed, axis=1, keepdims=True)
         np.testing.assert_allclose(array(module.bank_student), banks[0], atol=1e-5)
         np.testing.assert_allclose(array(module.bank_teacher), banks[1], atol=1e-5)
+
+
+def test_crd_without_any_image_of_another_class():
+    named = parts("crd")
+    named["parts"].labels.zero_()
+    check_finite("crd", S, T, LABELS * 0, named)
 
 
 def test_crd_stands_a_temperature_at_which_exp_overflows():

@@ -5,6 +5,7 @@ A copy is known by what it holds, not by its container or the order of its image
 
 import hashlib
 import io
+import os
 import pickle
 import tarfile
 import zlib
@@ -15,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from util.images import TEST, TRAIN, class_files, decoded, part_folders, printable, roots
+from util.images import TEST, TRAIN, class_files, decoded, folders, part_folders, printable, roots
 from util.runtime import UserError, say
 
 
@@ -112,16 +113,14 @@ def read(kind: Cifar, data_dir: Path) -> dict[str, Part] | None:
 
 def _copies(kind: Cifar, data_dir: Path) -> Iterator[tuple[Path, Callable[[], dict[str, Part]]]]:
     """Where something of the kind lies, and what reads it."""
-    folders = [data_dir / kind.folder, data_dir]
-    if data_dir.is_dir():
-        folders += sorted(path for path in data_dir.iterdir() if path.is_dir() and path not in folders)
+    places = [data_dir / kind.folder, data_dir, *(path for path in folders(data_dir) if path.name != kind.folder)]
     wanted = {*sum(kind.files.values(), ()), kind.names[0]}
-    for folder in folders:
-        there = [name for name in sorted(wanted) if (folder / name).is_file()]
+    for folder in places:
+        there = [name for name in sorted(wanted) if os.path.isfile(folder / name)]
         if any(name != kind.names[0] for name in there):
             yield folder, lambda folder=folder, there=there: _unpickled(kind, folder, _file_contents(folder, there))
-    for archive in (folder / kind.archive for folder in folders):
-        if archive.is_file() and (contents := _archive_contents(archive, wanted)):
+    for archive in (folder / kind.archive for folder in places):
+        if os.path.isfile(archive) and (contents := _archive_contents(archive, wanted)):
             yield archive, lambda archive=archive, contents=contents: _unpickled(kind, archive, contents)
     for root in roots(data_dir):
         if _has_class_folders(kind, root):
@@ -247,7 +246,7 @@ def _normal(name: str) -> str:
 def _has_class_folders(kind: Cifar, root: Path) -> bool:
     """Whether half of the classes have folders in train/: other data sets lie in the same folder, too."""
     for train in part_folders(root, TRAIN):
-        names = {_normal(path.name) for path in train.iterdir() if path.is_dir()}
+        names = {_normal(path.name) for path in folders(train)}
         return 2 * len(names & set(kind.classes)) >= len(kind.classes)
     return False
 

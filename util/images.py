@@ -92,8 +92,13 @@ def roots(data_dir: Path, names: Sequence[str] = TRAIN) -> list[Path]:
     """data_dir where it holds a folder of one of these names, else all folders in it that do."""
     if part_folders(data_dir, names):
         return [data_dir]
-    below = [Path(entry.path) for entry in _entries(data_dir) if _is_folder(entry)] if data_dir.is_dir() else []
-    return [folder for folder in below if os.access(folder, os.R_OK) and part_folders(folder, names)]
+    return [folder for folder in folders(data_dir) if part_folders(folder, names)]
+
+
+def folders(root: Path) -> list[Path]:
+    """The root's folders, sorted, but for junk and those that can't be entered; none where it is no folder."""
+    below = [Path(entry.path) for entry in _entries(root) if _is_folder(entry)] if root.is_dir() else []
+    return [folder for folder in below if os.access(folder, os.R_OK | os.X_OK)]
 
 
 def _root(data_dir: Path, tests: Sequence[str], classes: Collection[str] | None) -> Path:
@@ -113,20 +118,16 @@ def _root(data_dir: Path, tests: Sequence[str], classes: Collection[str] | None)
 
 def part_folders(root: Path, names: Sequence[str]) -> list[Path]:
     """The root's folders of these names, in that order, in whatever case they are written."""
-    if not root.is_dir():
-        return []
     there: dict[str, Path] = {}
-    for entry in _entries(root):
-        if _is_folder(entry):
-            there.setdefault(entry.name.casefold(), Path(entry.path))
+    for folder in folders(root):
+        there.setdefault(folder.name.casefold(), folder)
     return [_entered(root / name if (root / name).is_dir() else there[name]) for name in names if name in there]
 
 
 def _entered(folder: Path) -> Path:
     """Some archives hold train/train/<class>."""
-    inside = [entry for entry in _entries(folder) if _is_folder(entry)]
-    same = len(inside) == 1 and inside[0].name.casefold() == folder.name.casefold()
-    return Path(inside[0].path) if same else folder
+    inside = folders(folder)
+    return inside[0] if [below.name.casefold() for below in inside] == [folder.name.casefold()] else folder
 
 
 def class_files(part: Path, notes: _Notes | None = None) -> list[tuple[Path, str]]:
