@@ -129,8 +129,10 @@ def add_recipe_flags(group: argparse._ActionsContainer, names: list[str]) -> Non
 
 
 def add_loss_flags(parser: Parser) -> None:
-    """Flags of the loss: its weights, the schedule of alpha, and every setting that some loss has."""
+    """Flags of the loss: its name, its weights, the schedule of alpha, and every setting that some loss has."""
     group = parser.add_argument_group("the loss: alpha CE + (1 - alpha) soft + beta MSE + gamma S2T")
+    group.add_argument("--loss", choices=losses.LOSSES, help="the soft loss of a run that is no job's; see --list")
+    group.add_argument("--list", action=List, help="list losses, schedules and jobs, a line each")
     add_recipe_flags(group, ["alpha", "beta", "gamma"])
     group.add_argument(
         "--schedule", choices=["constant", *losses.ALPHA_SCHEDULES], help="of alpha, in place of the row's own"
@@ -138,6 +140,25 @@ def add_loss_flags(parser: Parser) -> None:
     for name, settings in _settings().items():
         takes = ", ".join(f"{loss}: {setting.words}, {setting.default:g}" for loss, setting in settings.items())
         group.add_argument(f"--{name}", type=number(next(iter(settings.values())).bound), help=takes)
+
+
+class List(argparse.Action):
+    """The flag --list: prints, and ends the script."""
+
+    def __init__(self, **options):
+        super().__init__(nargs=0, **options)
+
+    def __call__(self, parser: Parser, *_) -> NoReturn:
+        for name, loss in losses.LOSSES.items():
+            settings = ", ".join(f"--{key} {setting.default:g}" for key, setting in loss.settings.items())
+            needs = "its settings tell what" if callable(loss.needs) else ", ".join(loss.needs) or "its head"
+            learns = "; learns parts of its own" * (loss.parts is not None)
+            print(f"loss      {name:10} of the teacher: {needs}{learns}{f'; {settings}' if settings else ''}")
+        for name in ("constant", *losses.ALPHA_SCHEDULES):
+            print(f"schedule  {name}")
+        for row in RECIPES.values():
+            print(f"job       {row.job:20} {row.network}, {row.epochs} epochs" + f", {row.soft}" * bool(row.soft))
+        parser.exit()
 
 
 def _settings() -> dict[str, dict[str, losses.Setting]]:
@@ -209,6 +230,31 @@ def add_teacher_cache_flag(parser: Parser) -> None:
         "--teacher_cache", choices=["on", "off"], default="on",
         help="on (default): compute the teacher's outputs once and keep them; off: run it at every step",
     )  # fmt: skip
+
+
+def distilled(args: argparse.Namespace) -> Recipe:
+    """The recipe that the flags of train_distillation.py ask for: a job's, or one with a loss and a name of its own.
+
+    Raises UserError as `override` does.
+    """
+    if args.loss is None:
+        return override(RECIPES[args.model_job or "distillation"], args)
+    if args.model_job:
+        raise UserError("--loss and --model_job: a job has its own loss; give one of the two")
+    network = "feature_student" if losses.LOSSES[args.loss].projects else "student"
+    plain, like = RECIPES["student"], RECIPES["distillation"]
+    shape = {"network": network, "epochs": plain.epochs, "scheduler_step": plain.scheduler_step}
+    recipe = override(Recipe(f"--loss {args.loss}", "", soft=args.loss, alpha=like.alpha, **shape), args)
+    name = _name_of(recipe)
+    return replace(recipe, job=name, checkpoint=name)
+
+
+def _name_of(recipe: Recipe) -> str:
+    """A name for a run's files made from its loss: with another loss, alpha or setting it is another name."""
+    weights = {"beta": recipe.beta, "gamma": recipe.gamma}
+    parts = [recipe.soft, recipe.alpha if isinstance(recipe.alpha, str) else f"alpha{recipe.alpha:g}"]
+    parts += [f"{key}{value:g}" for key, value in {**recipe.settings, **weights}.items() if value]
+    return re.sub(r"[^\w.]+", "_", "_".join(parts))
 
 
 def override(recipe: Recipe, args: argparse.Namespace) -> Recipe:

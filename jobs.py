@@ -396,6 +396,23 @@ def plain(runtime: Runtime) -> Runtime:
     return replace(runtime, precision="fp32")
 
 
+def recipe_named(name: str, where: Path, choices: tuple[str, ...], seed: int = 0) -> Recipe:
+    """What is known of the run of that name: a row of recipes.py, or what its checkpoint says.
+
+    where: the checkpoint, or the folder of the checkpoints. choices: the rows that may be named. Raises UserError.
+    """
+    if name in choices:
+        return RECIPES[name]
+    run = Recipe(name, name, "student", 1, 1)
+    path = where if where.is_file() else checkpoint_path(run, where, seed)
+    if name not in RECIPES and Path(name).name == name and path.is_file():
+        _, about = checkpoint.read(path, ADVICE)
+        if about:
+            return replace(run, network=about["network"])
+    jobs = ", ".join(choices)
+    raise UserError(f"--model_job {name}: no such job, nor a run of that name in {where}; the jobs are {jobs}")
+
+
 def load(recipe: Recipe, path: Path, dataset: str = "cifar100") -> Trained:
     """The trained network of a recipe, from its checkpoint. Raises UserError.
 

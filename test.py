@@ -1,6 +1,7 @@
 """Test a job's checkpoint: top-1, top-5 and Test Loss on the test images.
 
 python test.py --model_job teacher
+python test.py --model_job dkd_per_epoch        # a run with a name of its own
 python test.py --model_job student --checkpoint my_resnet18.pth
 """
 
@@ -12,13 +13,13 @@ from util import runtime
 
 def main(choices: tuple[str, ...] = tuple(RECIPES)) -> None:
     parser = cli.Parser(description="Test a job's checkpoint: top-1, top-5 and Test Loss on the test images.")
-    parser.add_argument("--model_job", required=True, choices=choices)
+    parser.add_argument("--model_job", required=True, help=f"a name that a run was given, or {', '.join(choices)}")
     parser.add_argument("--checkpoint", type=cli.path, help="its file; default: the job's own in <checkpoint_dir>")
     cli.add_seed_flag(parser)
     cli.add_data_flags(parser)
     args = parser.parse_args()
 
-    recipe = RECIPES[args.model_job]
+    recipe = jobs.recipe_named(args.model_job, args.checkpoint or cli.checkpoint_dir(args), choices, args.seed)
     chosen = runtime.choose(args.device, "fp32" if args.precision == "auto" else args.precision)
     path = args.checkpoint or jobs.checkpoint_path(recipe, cli.checkpoint_dir(args), args.seed)
     trained = jobs.load(recipe, path, args.dataset)

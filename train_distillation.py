@@ -1,7 +1,8 @@
-"""Distil the teacher into the student by one recipe.
+"""Distil the teacher into the student: by a row of recipes.py, or by any loss and any schedule of alpha.
 
     python train_distillation.py --alpha 0.7 --T 2 --epochs 50
     python train_distillation.py --model_job distillation_LDH6
+    python train_distillation.py --loss dkd --schedule "per epoch"
 
 Writes <checkpoint_dir>/<the recipe's checkpoint>.pth, and the figures into <results_dir>.
 """
@@ -15,9 +16,8 @@ from util import runtime
 def main() -> None:
     parser = cli.Parser(description="Distil the teacher into the student by one recipe.")
     parser.add_argument(
-        "--model_job", default="distillation", choices=[j for j, row in RECIPES.items() if row.distils],
-        help="default: distillation",
-    )  # fmt: skip
+        "--model_job", choices=[j for j, row in RECIPES.items() if row.distils], help="default: distillation"
+    )
     parser.add_argument("--teacher", type=cli.path, help="its checkpoint; default: <checkpoint_dir>/resnet50.pth")
     cli.add_teacher_cache_flag(parser)
     cli.add_loss_flags(parser)
@@ -26,7 +26,7 @@ def main() -> None:
     cli.add_results_flag(parser)
     args = parser.parse_args()
 
-    recipe = cli.override(RECIPES[args.model_job], args)
+    recipe = cli.distilled(args)
     chosen = runtime.choose(args.device, args.precision)
     dataset = cli.load_data(args, chosen)
     path = args.teacher or jobs.teacher_path(cli.checkpoint_dir(args))

@@ -110,6 +110,32 @@ def test_the_main_job_on_cifar10s_own_files(script, tmp_path, monkeypatch):
     assert script("test.py", "--model_job", "distillation_KMJ2", "--dataset", "cifar10").code == 0
 
 
+def test_any_loss_with_any_schedule(script, small, small_teacher, tmp_path):
+    """A run of a name of its own, made from what it is, which is tested by that name."""
+    common = [*small, "--teacher", small_teacher, "--epochs", 1]
+    ran = script("train_distillation.py", "--loss", "dkd", "--schedule", "per iteration", "--nckd", 2, *common)
+    assert ran.code == 0, ran.err
+    name = "dkd_per_iteration_nckd2"
+    result = json.loads((tmp_path / "results" / "folder" / f"{name}_seed0.json").read_text())
+    recipe = result["recipe"]
+    assert (recipe["soft"], recipe["nckd"], recipe["tckd"], recipe["alpha"]) == ("dkd", 2.0, 1.0, "per iteration")
+    tested = script("test.py", "--model_job", name, *small)
+    assert tested.code == 0 and tested.out.splitlines() == ran.out.splitlines()[2:]
+    ran = script("train_distillation.py", "--loss", "crd", "--alpha", 0.5, *common)  # which learns something itself
+    assert ran.code == 0 and (tmp_path / "checkpoints" / "folder" / "crd_alpha0.5.pth").exists(), ran.err
+    refused(
+        script("train_distillation.py", "--loss", "kd", "--model_job", "distillation", *common), "give one of the two"
+    )
+    refused(script("train_distillation.py", "--loss", "kdd", *common), "kdd", "reviewkd")
+
+
+def test_the_lists(script):
+    ran = script("train_distillation.py", "--list")
+    assert ran.code == 0
+    for words in ("loss      dkd", "--nckd 8", "schedule  per epoch, descending", "job       distillation_LDH10"):
+        assert words in ran.out
+
+
 def test_held_out_images(script, small, small_teacher, tmp_path):
     """Their figures come after each epoch, and they are none of those that are trained on."""
     flags = ["--val_fraction", 0.3, "--epochs", 2, "--teacher", small_teacher]
