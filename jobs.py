@@ -316,7 +316,12 @@ def aim(
     if teacher is None:
         return None, losses.Objective(recipe)
     shapes = [models.shapes(net, batches.size, batches.n_images) for net in (network, teacher.network)]
-    return teacher.source(batches, losses.needs_of(recipe)), losses.Objective(recipe, *shapes).to(batches.device)
+    objective = losses.Objective(recipe, *shapes).to(batches.device)
+    if batches.processes.size > 1 and any(True for _ in objective.buffers()):
+        raise UserError(
+            f"the loss {recipe.soft} keeps a memory of its own, which processes don't share; use one process"
+        )
+    return teacher.source(batches, losses.needs_of(recipe)), objective
 
 
 def validation(network: models.CifarResNet, dataset: Dataset, runtime: Runtime) -> Callable[[], engine.Figures] | None:
