@@ -347,11 +347,16 @@ def run(main: Callable[[], None], go_on: str = "") -> NoReturn:
     so that a batch system puts the job into its queue again, 0 for SIGUSR1. go_on: the flag with which the same command
     goes on.
     """
-    code = 0
-    name = Path(sys.argv[0]).name
+    with runtime.lasting_output():
+        code = _code(main, go_on)
+    sys.exit(code)
+
+
+def _code(main: Callable[[], None], go_on: str) -> int:
+    """Run a script's main function, say how it ended, and give its exit code."""
+    code, name = 0, Path(sys.argv[0]).name
     try:
-        with runtime.lasting_output():
-            main()
+        main()
         processes.leave()
     except UserError as error:
         code = 2
@@ -370,4 +375,4 @@ def run(main: Callable[[], None], go_on: str = "") -> NoReturn:
     except KeyboardInterrupt:
         code = 130
         say(f"\n{name}: interrupted; no checkpoint was written")
-    sys.exit(code)
+    return code

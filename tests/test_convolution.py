@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import models
 from util.convolution import Conv3x3, weight_gradient
@@ -74,14 +75,29 @@ def test_other_convolutions_are_left_alone(options):
 
 
 @pytest.mark.parametrize("kind, convolutions", [("student", 17), ("teacher", 17)])
-def test_networks_have_them(kind, convolutions):
+def test_of_networks_all_are_replaced(kind, convolutions):
     """All 3x3 ones, the stem's too: 1 + 16 of a ResNet-18's basic blocks, 1 + 16 of a ResNet-50's bottlenecks."""
     network = models.build(kind, 10)
+    Conv3x3.replace_all(network)
     assert sum(isinstance(module, Conv3x3) for module in network.modules()) == convolutions
+
+
+def test_a_folded_copy_keeps_its_biases_with_gradients_on():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(16, 256, 3, padding=1, bias=False), nn.BatchNorm2d(256))
+    nn.init.constant_(network[1].bias, 3.0)
+    Conv3x3.replace_all(network)
+    conv = fuse_conv_bn_eval(*network.eval())
+    x = torch.randn(2, 16, 4, 4).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = conv(x)
+    assert not own(output)
+    torch.testing.assert_close(output.float(), network(x.float()), rtol=0.05, atol=0.05)
 
 
 def test_a_training_step_uses_it():
     network = models.build("student", 10).to(memory_format=torch.channels_last)
+    Conv3x3.replace_all(network)
     seen = []
     for layer in (network.layer3[1].conv2, network.layer4[1].conv2):
         layer.register_forward_hook(lambda module, inputs, output: seen.append(own(output)))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from as_processes import as_torchrun, thin
 
 import data
 import jobs
@@ -24,28 +25,28 @@ LOSS = re.compile(r"Epoch \[(\d+)/\d+\], Train Loss: (\S+)")
 
 
 @pytest.fixture
-def torchrun(tmp_path):
-    """Start a script as n processes, with changes (see as_processes.py)."""
+def finished(tmp_path):
+    """Run a script as n processes, with changes (see as_processes.py): all that they print."""
 
-    def start(n, script, *args, changes="none", restarts=0, **options):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
-        command += [f"--max-restarts={restarts}", "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"]
-        command += [HERE / "as_processes.py", changes, script, *args]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
-        return subprocess.Popen([str(part) for part in command], **pipes, **options)
+    def run(n, *args, **options):
+        running = as_torchrun(n, *args, cwd=tmp_path, **options)
+        outs, errs = zip(*(process.communicate() for process in running), strict=True)
+        assert [process.returncode for process in running] == [0] * n, errs
+        return "".join(outs), "".join(errs)
 
-    return start
+    return run
+
+
+@pytest.fixture(autouse=True)
+def thin_networks(monkeypatch):
+    thin(monkeypatch.setattr)
 
 
 @pytest.fixture
-def finished(torchrun):
-    def run(*args, **options):
-        running = torchrun(*args, **options)
-        out, err = running.communicate(timeout=240)
-        assert running.returncode == 0, err
-        return out, err
-
-    return run
+def thin_teacher(tmp_path, scaled_like_trained):
+    torch.manual_seed(5)
+    torch.save(scaled_like_trained(models.build("teacher", 4)).state_dict(), tmp_path / "resnet50.pth")
+    return tmp_path / "resnet50.pth"
 
 
 def losses(out):
@@ -57,7 +58,7 @@ def weights(path):
 
 
 @pytest.mark.parametrize("job, batch_size", [("student", 12), ("distillation_LDH", 11)])
-def test_two_processes_train_as_one(finished, small, small_teacher, tmp_path, job, batch_size):
+def test_two_processes_train_as_one(finished, small, thin_teacher, tmp_path, job, batch_size):
     """40 images in batches of 12, the last of 4; or of 11, whose parts are of 6 and 5, and of the last of 4 and 3.
 
     In float32 Adam makes a whole step of a gradient that is nothing but rounding. The student here has such a weight
@@ -65,11 +66,11 @@ def test_two_processes_train_as_one(finished, small, small_teacher, tmp_path, jo
     """
     script = "train.py" if job == "student" else "train_distillation.py"
     args = [script, "--model_job", job, *small, "--epochs", 3, "--batch_size", batch_size, "--learning_rate", 1e-4]
-    args += [] if job == "student" else ["--teacher", small_teacher]
+    args += [] if job == "student" else ["--teacher", thin_teacher]
     runs = {}
     for n in (1, 2):
         flags = ["--checkpoint_dir", tmp_path / str(n), "--results_dir", tmp_path / str(n)]
-        out, err = finished(n, *args, *flags, changes="frozen_bn")
+        out, err = finished(n, *args, *flags, changes="thin,frozen_bn")
         assert out.count("Epoch") == 3 and out.count("Test Loss") == 1  # the main process alone speaks
         runs[n] = losses(out)
     assert runs[2] == pytest.approx(runs[1], rel=1e-5)
@@ -105,33 +106,32 @@ def test_testing_gives_exactly_the_same_figures(finished, tmp_path):
         assert "Top-1" in printed[1] and printed[1] == printed[2] == printed[3]
 
 
-def test_a_process_that_dies_is_started_anew_and_the_run_goes_on(finished, small, tmp_path):
-    """Killed in its third epoch of five steps; then the state of the second is there."""
-    args = ["train.py", "--model_job", "student", *small, "--epochs", 4, "--batch_size", 8]
-    outs = {}
-    for changes, restarts in (("none", 0), ("die", 1)):
-        flags = ["--checkpoint_dir", tmp_path / changes, "--results_dir", tmp_path / changes]
-        outs[changes], err = finished(2, *args, *flags, changes=changes, restarts=restarts)
-    assert "going on after 2 epochs" in err
-    assert losses(outs["die"]) == losses(outs["none"])
-    one, two = weights(tmp_path / "none" / "resnet18.pth"), weights(tmp_path / "die" / "resnet18.pth")
+def test_under_torchrun_a_run_that_lost_a_process_goes_on_and_stops_at_a_signal(finished, small, tmp_path):
+    """Killed in its third epoch of five steps, when the state of the second is there; stopped, and gone on with."""
+    args = ["train.py", "--model_job", "student", *small, "--epochs", 20, "--batch_size", 8]
+    folders = {name: ["--checkpoint_dir", tmp_path / name, "--results_dir", tmp_path / name] for name in ("a", "b")}
+    expected, _ = finished(2, *args, *folders["a"])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    command += ["--signals-to-handle=SIGTERM,SIGINT,SIGUSR1", HERE / "as_processes.py", "thin,die"]
+    command += [*args, *folders["b"]]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
+    running = subprocess.Popen([str(part) for part in command], **pipes)
+    out = [running.stdout.readline() for _ in range(3)]  # the third is of the processes started anew
+    running.send_signal(signal.SIGTERM)
+    rest, err = running.communicate(timeout=120)
+    assert running.returncode != 0 and "going on after 2 epochs" in err and "--resume" in err
+    assert (tmp_path / "b" / "resnet18.state").exists() and not (tmp_path / "b" / "resnet18.pth").exists()
+    end, _ = finished(2, *args, *folders["b"], "--resume")
+    assert losses("".join(out) + rest + end) == losses(expected)
+    one, two = (weights(tmp_path / name / "resnet18.pth") for name in folders)
     assert all(value.equal(two[key]) for key, value in one.items())
 
 
-def test_a_signal_stops_all_at_the_same_step(torchrun, small, tmp_path):
-    args = ["train.py", "--model_job", "student", *small, "--epochs", 1000, "--batch_size", 8]
-    running = torchrun(2, *args, "--checkpoint_dir", tmp_path)
-    running.stdout.readline()
-    running.send_signal(signal.SIGTERM)
-    _, err = running.communicate(timeout=60)
-    assert running.returncode != 0 and "--resume" in err
-    assert (tmp_path / "resnet18.state").exists() and not (tmp_path / "resnet18.pth").exists()
-
-
-def test_a_users_mistake_is_one_line(torchrun, small, tmp_path):
-    running = torchrun(2, "train_distillation.py", *small, "--alpha", 7)
-    _, err = running.communicate(timeout=60)
-    assert running.returncode != 0 and err.count("error: argument --alpha") == 1
+def test_a_users_mistake_is_one_line(small, tmp_path):
+    running = as_torchrun(2, "train_distillation.py", *small, "--alpha", 7, cwd=tmp_path)
+    errs = [process.communicate()[1] for process in running]
+    assert [process.returncode for process in running] == [2, 2]
+    assert errs[0].count("error: argument --alpha") == 1 and errs[1] == ""
 
 
 # parts

@@ -7,7 +7,9 @@ import os
 import random
 import re
 import signal
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from test_scripts import EPOCH, refused
 
 import models
 from util import files, runstate
-from util.runtime import UserError
+from util.runtime import Stopped, UserError
 
 # Big enough that a run can be hit in the middle of an epoch: 40 images, 5 batches an epoch.
 RUN = ["--epochs", 8, "--batch_size", 8, "--scheduler_step", 3]
@@ -140,7 +142,7 @@ def wait_until(true, running):
         with contextlib.suppress(FileNotFoundError):
             if true():
                 return
-        assert running.poll() is None, running.communicate()
+        assert running.poll() is None
         time.sleep(0.01)
     raise AssertionError("it never came")
 
@@ -367,3 +369,97 @@ def die_with_a_lock(path):
         if os.fork() == 0:
             time.sleep(30)
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+# the end of a run, and other settings
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A keeper of a run whose training is done, its state on the disk."""
+    path = tmp_path / "folder" / "a.state"
+    path.parent.mkdir()
+    keeper = runstate.Keeper(path, {"recipe": {"epochs": 2}})
+    keeper.begin("new")
+    keeper.figures.append({"epoch": 1})
+    keeper.save({"position": {"epoch": 2}})
+    return keeper
+
+
+def test_the_state_goes_when_all_files_are_written(trained):
+    with trained.finishing():
+        trained._failed()
+        assert trained.path.exists()
+    assert list(trained.path.parent.iterdir()) == []
+
+
+def test_the_state_stays_when_a_file_can_not_be_written(trained):
+    with pytest.raises(UserError, match="cannot write.*; the training is kept: .* --resume"), trained.finishing():
+        raise UserError("cannot write it")
+    assert runstate.load(trained.path)["position"] == {"epoch": 2}
+
+
+@pytest.mark.parametrize("stop", [0, signal.SIGTERM])
+def test_a_state_that_could_not_be_saved_is_saved_elsewhere(tmp_path, monkeypatch, trained, failing, stop):
+    """The disk is full for the state and for the checkpoint, at the end, or when a signal comes."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    failing("folder", errno.ENOSPC)
+    trained.stop = stop
+    with pytest.raises(UserError, match=rf"its state is in {tmp_path}/run-\S+/a.state: .* --resume") as raised:
+        trained.save({"position": {"epoch": 3}})
+        with trained.finishing():
+            raise UserError("cannot write it")
+    elsewhere = re.search(r"its state is in (\S+):", str(raised.value))[1]
+    assert runstate.load(Path(elsewhere))["position"] == {"epoch": 3}
+
+
+def test_a_state_that_can_not_be_removed_does_not_unfinish_a_run(trained, monkeypatch, capsys):
+    def read_only(*args, **options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(type(trained.path), "unlink", read_only)
+    with trained.finishing():
+        pass
+    assert "the state of this finished run, can't be removed: Read-only file system" in capsys.readouterr().err
+
+
+def test_what_may_differ_is_not_refused(trained):
+    trained._failed()
+    longer = runstate.Keeper(trained.path, {"recipe": {"epochs": 5}}, words={"recipe.epochs": "--epochs"})
+    with pytest.raises(UserError, match=r"other settings \(--epochs: 2 there, 5 now\)"):
+        longer.begin("resume")
+    longer.begin("resume", may_differ=("recipe.epochs",))
+    assert longer.state["position"] == {"epoch": 2} and longer.figures == [{"epoch": 1}]
+
+
+def test_differences_name_nested_keys():
+    there, now = {"a": {"b": 1, "c": 2}, "more": 3}, {"a": {"b": 1, "c": 4}, "new": 5}
+    assert runstate.differences(there, now) == {"a.c": (2, 4), "new": (None, 5)}
+
+
+def test_a_signal_is_heard_where_there_is_no_terminal(trained, monkeypatch):
+    def hung_up(*args):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "write", hung_up)
+    with pytest.raises(Stopped) as stopped, trained.listening():
+        for _ in range(2):  # it often comes twice, and is no second wish
+            os.kill(os.getpid(), signal.SIGHUP)
+            trained.heard_at -= 2 * runstate.ONE_WISH
+        assert trained.due() and trained.stop == signal.SIGHUP
+        trained.save({"position": {"epoch": 3}})
+    assert stopped.value.number == signal.SIGHUP and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    assert runstate.load(trained.path)["position"] == {"epoch": 3}
+
+
+def test_a_second_wish_stops_at_once(trained):
+    with pytest.raises(KeyboardInterrupt), trained.listening():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # the same wish, by another way
+        trained.heard_at -= 2 * runstate.ONE_WISH
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_save_that_is_due_is_no_wish_to_stop(trained):
+    trained.saved -= 2 * runstate.EVERY
+    assert trained.due() and trained.stop == 0

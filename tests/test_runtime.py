@@ -1,15 +1,15 @@
-"""Device, precision, compilation."""
+"""Device, precision, compilation, and what is said."""
 
 import argparse
 import copy
 import os
 import platform
-import subprocess
+import resource
 import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from as_processes import FORKS
 from torch import nn
 
 import engine
@@ -41,16 +41,54 @@ def test_fp32_on_the_cpu():
     assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
 
 
-def test_auto_takes_bf16_where_the_hardware_has_it(monkeypatch):
+def test_auto_takes_bf16_where_the_device_computes_in_it(monkeypatch):
     for has, expected in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(runtime, "_computes_in_bf16", lambda device, has=has: has)
         assert runtime.choose("cpu", "auto").precision == expected
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
-def test_cuda_that_is_not_there():
-    with pytest.raises(UserError, match="--device cuda: no CUDA device"):
-        runtime.choose("cuda")
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_cuda_that_is_not_there(device):
+    with pytest.raises(UserError, match=f"--device {device}: no CUDA device is available here; use --device cpu"):
+        runtime.choose(device)
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Pretend that there are so many GPUs."""
+
+    def pretend(n):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: n > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: n)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)
+
+    return pretend
+
+
+def test_a_gpu_by_its_number(gpus, monkeypatch):
+    gpus(2)
+    for device, number in (("auto", 0), ("cuda", 0), ("cuda:0", 0), ("cuda:1", 1)):
+        assert runtime.choose(device) == Runtime(torch.device("cuda", number), "bf16")
+    with pytest.raises(UserError, match=r"--device cuda:7: there are cuda:0 to cuda:1 \(2 in all\)"):
+        runtime.choose("cuda:7")
+    gpus(1)
+    with pytest.raises(UserError, match=r"--device cuda:1: there is only cuda:0"):
+        runtime.choose("cuda:1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--device cuda:0: under torchrun .* use --device cuda"):
+        runtime.choose("cuda:0")
+
+
+def test_names_of_devices():
+    for name in ("auto", "cpu", "cuda", "cuda:0", "cuda:11"):
+        assert runtime.device_name(name) == name
+    wrong = ["gpu", "cuda:", "cuda:-1", "cuda:x", "cuda:1.0", "CUDA", "cpu:0", "", "cuda:\u0661", "cuda:" + "1" * 400]
+    for name in wrong:
+        with pytest.raises(argparse.ArgumentTypeError, match="is not auto, cpu, cuda or cuda:N") as raised:
+            runtime.device_name(name)
+        assert len(str(raised.value)) < 120
 
 
 def test_autocast_is_that_of_the_precision():
@@ -98,40 +136,98 @@ def test_a_compiler_that_fails_is_no_failure(monkeypatch, capfd):
     assert err == "torch.compile failed (RuntimeError: no compiler here); going on without it\n"
 
 
-FAULTS = """
-import resource, sys
-import torch
-from torch import nn
-from util import runtime
-
-if sys.argv[1] == "chosen":
-    runtime.choose("cpu")
-layers = (nn.Sequential(nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16), nn.ReLU()) for _ in range(4))
-network, images = nn.Sequential(*layers), torch.zeros(1024, 16, 32, 32)  # maps of 64 MiB
-faults = []
-for _ in range(10):
-    network(images).sum().backward()
-    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-print(faults[-1] - faults[1])
-"""
+def faults(chosen, result):
+    """Send the pages that two training steps, after two others, had mapped in."""
+    torch.set_num_threads(1)
+    if chosen:
+        runtime.choose("cpu")
+    layers = (nn.Sequential(nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16), nn.ReLU()) for _ in range(2))
+    network, images = nn.Sequential(*layers), torch.zeros(576, 16, 32, 32)  # maps of 36 MiB: blocks of 32 would be kept
+    counts = []
+    for _ in range(4):
+        network(images).sum().backward()
+        counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    result.send(counts[3] - counts[1])
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_a_step_uses_the_memory_of_the_step_before():
-    def faults(case: str) -> int:
-        """Pages that eight training steps had mapped in, in a process of its own."""
-        options = {"env": {**os.environ, "PYTHONPATH": str(ROOT)}, "capture_output": True, "text": True, "check": True}
-        return int(subprocess.run([sys.executable, "-c", FAULTS, case], **options).stdout)
-
+    pages = {chosen: in_a_process(faults, chosen) for chosen in (True, False)}
     # Not none: what is freed may lie between small blocks, too short by a few bytes for the next.
-    assert faults("chosen") < faults("plain") / 20
+    assert pages[True] < pages[False] / 20
+
+
+def in_a_process(function, *args):
+    """What the function sends from a process of its own."""
+    receiver, sender = FORKS.Pipe(duplex=False)
+    process = FORKS.Process(target=function, args=(*args, sender))
+    process.start()
+    sender.close()
+    result = receiver.recv()
+    process.join()
+    assert process.exitcode == 0
+    return result
+
+
+# what is said
+
+
+def print_to_nobody(name, full, result):
+    """Print to a stream whose other end is gone, or whose disk is full, and send what the other stream was told."""
+    number, other = (1, 2) if name == "stdout" else (2, 1)
+    reader, writer = os.pipe()
+    unread, gone = os.pipe()
+    os.close(unread)
+    if full:
+        gone = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(gone, number)
+    os.dup2(writer, other)
+    os.close(writer)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+    with runtime.lasting_output():
+        for _ in range(3):
+            print("a line", flush=True)
+            runtime.say("a note")
+        print("not flushed")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), other)
+    result.send(os.read(reader, 10000).decode())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full")
+@pytest.mark.parametrize("full", [False, True])
+def test_output_that_goes_away_stops_nothing(full):
+    told = in_a_process(print_to_nobody, "stdout", full)
+    assert told.count("a note\n") == 3 and told.count("stdout is gone") == 1 and "going on without it" in told
+    assert in_a_process(print_to_nobody, "stderr", full) == "a line\n" * 3 + "not flushed\n"
+
+
+def print_to_closed(result):
+    os.close(1), os.close(2)
+    sys.stdout = sys.stderr = None  # so does Python where they are closed from the start
+    with runtime.lasting_output():
+        print("a line", flush=True)
+        runtime.say("a note")
+        sys.stderr.write("of a bar")
+        opened = os.open(os.devnull, os.O_RDONLY)
+    result.send(opened)
+
+
+def test_no_file_takes_the_place_of_a_closed_stderr():
+    assert in_a_process(print_to_closed) > 2
+
+
+def test_say_without_a_stderr(monkeypatch):
+    with open(os.devnull) as unwritable:
+        for stderr in (None, unwritable):
+            monkeypatch.setattr(sys, "stderr", stderr)
+            runtime.say("a note")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_a_step_on_cuda_never_waits_for_the_device(digits):
-    hardware = runtime.choose("cuda", "auto")
-    network = models.build("student", 10).to(hardware.device, memory_format=torch.channels_last)
-    batches = Batches(digits.train, digits.mean, digits.std, 256, hardware.device, shuffle=True, augment=True)
+    chosen = runtime.choose("cuda", "auto")
+    network = models.build("student", 10).to(chosen.device, memory_format=torch.channels_last)
+    batches = Batches(digits.train, digits.mean, digits.std, 256, chosen.device, shuffle=True, augment=True)
     loss = jobs.batch_loss(RECIPES["student"], network, None, batches)
     waited = []
 
@@ -140,7 +236,7 @@ def test_a_step_on_cuda_never_waits_for_the_device(digits):
         waited.append(iteration)
         return loss(batch, epoch, iteration)
 
-    epochs = engine.fit(network, batches, watched, lambda epoch: 1e-3, 1, hardware, "test")
+    epochs = engine.fit(network, batches, watched, lambda epoch: 1e-3, 1, chosen, "test")
     try:
         next(epochs)
     except RuntimeError as error:
