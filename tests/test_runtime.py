@@ -255,24 +255,3 @@ def test_order_on_cuda_is_that_on_the_cpu(digits):
     for (i, a), (j, b) in zip(order(CPU), order(torch.device("cuda")), strict=True):
         assert i.equal(j)
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("text", ["auto", "cpu", "cuda", "cuda:0", "cuda:15"])
-def test_names_of_devices(text):
-    assert runtime.device_name(text) == text
-
-
-@pytest.mark.parametrize("text", ["gpu", "cuda:", "cuda:x", "cuda:-1", "CUDA", "0", ""])
-def test_what_is_no_device_is_answered_with_what_is(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="is not auto, cpu, cuda or cuda:N"):
-        runtime.device_name(text)
-
-
-def test_a_gpu_that_is_not_there_is_told(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(UserError, match=r"--device cuda:7: there are cuda:0 to cuda:1 \(2 in all\)"):
-        runtime.choose("cuda:7")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="each process has a GPU of its own"):
-        runtime.choose("cuda:1")
