@@ -13,6 +13,7 @@ import termios
 import numpy as np
 import pytest
 import torch
+from as_processes import thin
 from cifar_files import write_cifar10, write_cifar100
 
 import data
@@ -44,16 +45,26 @@ def lines_are(out, *patterns):
         assert re.fullmatch(pattern, line), line
 
 
-# on digits, from beginning to end
+# from beginning to end
 
 
-def test_teacher_and_students_on_digits(script, tmp_path):
-    digits = ["--dataset", "digits", "--device", "cpu"]
-    ran = script("train.py", "--model_job", "teacher", "--weights", "none", "--epochs", 2, "--batch_size", 500, *digits)
+def test_teacher_and_students(script, small, tmp_path):
+    common = [*small, "--epochs", 2]
+    ran = script("train.py", "--model_job", "teacher", "--weights", "none", *common)
     assert ran.code == 0, ran.err
     lines_are(ran.out, EPOCH, EPOCH, TEST, MEAN)
     lines_are(ran.err, LINE, LINE)  # and no bar where there is no terminal
+    for job, tester in (("distillation", "test.py"), ("distillation_LDH6", "test_LDH.py")):
+        ran = script("train_distillation.py", "--model_job", job, *common)
+        lines_are(ran.out, TEACHER, EPOCH, EPOCH, TEST, MEAN)
+        again = script(tester, "--model_job", job, *small)
+        assert again.out.splitlines() == ran.out.splitlines()[3:]
+    names = ["Distilled_resnet18.pth", "Distilled_resnet18_LDH6.pth", "resnet50.pth"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints" / "folder").glob("*.pth")) == names
 
+
+def test_a_student_learns_digits(script, tmp_path):
+    digits = ["--dataset", "digits", "--device", "cpu"]
     ran = script("train.py", "--model_job", "student", "--epochs", 3, "--scheduler_step", 2, *digits)
     lines_are(ran.out, EPOCH, EPOCH, EPOCH, TEST, MEAN)
     losses = losses_of(ran.out)
@@ -64,14 +75,6 @@ def test_teacher_and_students_on_digits(script, tmp_path):
     ran = script("test.py", "--model_job", "student", *digits)
     lines_are(ran.out, TEST, MEAN)
     assert ran.out.splitlines()[0] == tested[0]
-
-    for job, tester in (("distillation", "test.py"), ("distillation_LDH6", "test_LDH.py")):
-        ran = script("train_distillation.py", "--model_job", job, "--epochs", 1, *digits)
-        lines_are(ran.out, TEACHER, EPOCH, TEST, MEAN)
-        again = script(tester, "--model_job", job, *digits)
-        assert again.out.splitlines() == ran.out.splitlines()[2:]
-    names = ["Distilled_resnet18.pth", "Distilled_resnet18_LDH6.pth", "resnet18.pth", "resnet50.pth"]
-    assert sorted(path.name for path in (tmp_path / "checkpoints" / "digits").glob("*.pth")) == names
 
     result = json.loads((tmp_path / "results" / "digits" / "student_seed0.json").read_text())
     assert [figures["train_loss_over_batches"] for figures in result["epochs"]] == pytest.approx(losses, abs=1e-8)
@@ -86,6 +89,7 @@ def test_teacher_and_students_on_digits(script, tmp_path):
 
 def test_the_main_job_on_cifar100s_own_files(script, tmp_path, monkeypatch):
     """Every kind of row is trained, through the whole comparison too, from files as the official archive has them."""
+    thin(monkeypatch.setattr)
     monkeypatch.setitem(cifar.KINDS, "cifar100", write_cifar100(tmp_path / "data", n_train=100))
     rows = ["teacher", "student", "distillation", "distillation_LDH5"]
     ran = script("reproduce.py", "--weights", "none", "--epochs", 1, "--batch_size", 50, "--jobs", *rows)
@@ -100,6 +104,7 @@ def test_the_main_job_on_cifar100s_own_files(script, tmp_path, monkeypatch):
 
 
 def test_the_main_job_on_cifar10s_own_files(script, tmp_path, monkeypatch):
+    thin(monkeypatch.setattr)
     monkeypatch.setitem(cifar.KINDS, "cifar10", write_cifar10(tmp_path / "data", layout="archive"))
     common = ["--dataset", "cifar10", "--epochs", 1, "--batch_size", 25]
     assert script("train.py", "--model_job", "teacher", "--weights", "none", *common).code == 0
