@@ -92,7 +92,8 @@ def test_the_main_job_on_cifar100s_own_files(script, tmp_path, monkeypatch):
     thin(monkeypatch.setattr)
     monkeypatch.setitem(cifar.KINDS, "cifar100", write_cifar100(tmp_path / "data", n_train=100))
     rows = ["teacher", "student", "distillation", "distillation_LDH5"]
-    ran = script("reproduce.py", "--weights", "none", "--epochs", 1, "--batch_size", 50, "--jobs", *rows)
+    flags = ["--weights", "none", "--epochs", 1, "--batch_size", 50, "--precision", "fp32"]
+    ran = script("reproduce.py", *flags, "--jobs", *rows)
     assert ran.code == 0, ran.err
     table = (tmp_path / "results" / "RESULTS.md").read_text()
     assert "# Results on cifar100" in table and all(f"| {job} |" in table for job in rows)
@@ -106,7 +107,7 @@ def test_the_main_job_on_cifar100s_own_files(script, tmp_path, monkeypatch):
 def test_the_main_job_on_cifar10s_own_files(script, tmp_path, monkeypatch):
     thin(monkeypatch.setattr)
     monkeypatch.setitem(cifar.KINDS, "cifar10", write_cifar10(tmp_path / "data", layout="archive"))
-    common = ["--dataset", "cifar10", "--epochs", 1, "--batch_size", 25]
+    common = ["--dataset", "cifar10", "--epochs", 1, "--batch_size", 25, "--precision", "fp32"]
     assert script("train.py", "--model_job", "teacher", "--weights", "none", *common).code == 0
     assert script("train.py", "--model_job", "student", *common, "--augment").code == 0
     for job in ("distillation_KMJ2", "distillation_LDH2"):
