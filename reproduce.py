@@ -120,10 +120,14 @@ def run_once(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> None:
 
 def is_finished(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> bool:
     """Whether the run is finished, and none was begun since. Raises UserError where another run's work is there."""
-    if jobs.paths(recipe, setup).state.exists():
+    there = jobs.paths(recipe, setup)
+    if there.state.exists():
         return False
     try:
-        return jobs.finished(recipe, setup, teacher) is not None
+        done = jobs.finished(recipe, setup, teacher)
+        if done and done.warm_start:
+            raise UserError(f"{there.result} is no run of its row: it has a warm_start from another; {jobs.ADVICE}")
+        return done is not None
     except UserError as error:
         if recipe.network != "teacher":
             raise
