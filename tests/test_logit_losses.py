@@ -279,6 +279,15 @@ def test_least_where_student_and_teacher_agree(loss):
     assert loss(student, teacher, labels) > 0.01
 
 
+@pytest.mark.parametrize("offset", [1e4, -1e4])
+def test_an_offset_of_the_logits_does_not_matter(loss, offset):
+    student, teacher, labels = batch()
+    student, teacher = ((x * 64).round() / 64 for x in (student, teacher))  # which such an offset leaves exact
+    torch.testing.assert_close(
+        loss(student + offset, teacher + offset, labels), loss(student, teacher, labels), rtol=0.01, atol=0.01
+    )
+
+
 def test_mean_over_the_images(loss):
     """Each image twice is as each once: a short last batch weighs its images alike."""
     student, teacher, labels = batch()
