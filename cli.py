@@ -135,11 +135,17 @@ def add_loss_flags(parser: Parser) -> None:
     group.add_argument("--list", action=List, help="list losses, schedules and jobs, a line each")
     add_recipe_flags(group, ["alpha", "beta", "gamma"])
     group.add_argument(
-        "--schedule", choices=["constant", *losses.ALPHA_SCHEDULES], help="of alpha, in place of the row's own"
+        "--schedule",
+        choices=["constant", *losses.ALPHA_SCHEDULES],
+        metavar="NAME",
+        help="of alpha, in place of the row's own; see --list",
     )
     for name, settings in _settings().items():
-        takes = ", ".join(f"{loss}: {setting.words}, {setting.default:g}" for loss, setting in settings.items())
-        group.add_argument(f"--{name}", type=number(next(iter(settings.values())).bound), help=takes)
+        alike: dict[str, list[str]] = {}  # the losses whose setting is the same, in words and default
+        for loss, setting in settings.items():
+            alike.setdefault(f"{setting.words}, {setting.default:g}", []).append(loss)
+        words = "; ".join(f"{', '.join(names)}: {text}" for text, names in alike.items())
+        group.add_argument(f"--{name}", type=number(next(iter(settings.values())).bound), help=words)
 
 
 class List(argparse.Action):
