@@ -233,8 +233,8 @@ def add_sync_bn_flag(parser: argparse._ActionsContainer) -> None:
 def add_teacher_cache_flag(parser: Parser) -> None:
     """The flag of the scripts that distil."""
     parser.add_argument(
-        "--teacher_cache", choices=["on", "off"], default="on",
-        help="on (default): compute the teacher's outputs once and keep them; off: run it at every step",
+        "--teacher_cache", choices=["auto", "off"], default="auto",
+        help="auto (default): compute the teacher's outputs once and keep them; off: run it at every step",
     )  # fmt: skip
 
 

@@ -90,7 +90,7 @@ def run_rows(rows: list[Recipe], setup: Setup, args: argparse.Namespace) -> None
         rows = rows[1:]
     # Before the student's row, so that a teacher that can't be loaded is told of before hours of training.
     distils = any(recipe.distils for recipe in rows)
-    teacher = load_teacher(setup, args.teacher_cache == "on", rows) if distils else None
+    teacher = load_teacher(setup, args.teacher_cache == "auto", rows) if distils else None
     for recipe in rows:
         for seed in args.seeds:
             here = replace(setup, seed=seed, augment=args.augment)

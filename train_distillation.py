@@ -33,7 +33,7 @@ def main() -> None:
     trained = jobs.load(RECIPES["teacher"], path, args.dataset)
     jobs.check_fit(trained, dataset, path)
     setup = cli.training_setup(args, dataset, chosen)
-    jobs.train(recipe, setup, jobs.make_teacher(trained, path, setup, args.teacher_cache == "on", [recipe]))
+    jobs.train(recipe, setup, jobs.make_teacher(trained, path, setup, args.teacher_cache == "auto", [recipe]))
 
 
 if __name__ == "__main__":

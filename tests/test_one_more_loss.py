@@ -69,7 +69,7 @@ def test_an_entry_and_a_row_are_all(script, small, more, tmp_path, name):
     """With the teacher's outputs remembered and live, to the same figures."""
     row, common = more[name], [*small, "--epochs", 2, "--batch_size", 20]
     found = []
-    for cache in ("on", "off"):
+    for cache in ("auto", "off"):
         folders = ["--results_dir", tmp_path / cache, "--name", f"run_{cache}", "--teacher_cache", cache]
         ran = script("train_distillation.py", "--model_job", row.job, *common, *folders)
         assert ran.code == 0, ran.err
