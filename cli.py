@@ -320,7 +320,9 @@ def load_data(args: argparse.Namespace, chosen: Runtime, about: dict[str, Any] |
         if size not in (None, about["image_size"]):
             trained = about["image_size"]
             raise UserError(f"--image_size {size}: the checkpoint was trained at {trained}; leave the flag away")
-        size = about["image_size"] if args.dataset in data.RESIZED else None
+        if size is None and args.dataset in data.RESIZED:
+            size = about["image_size"]
+            say(f"images are scaled to {size}x{size} pixels, as the checkpoint was trained")
     with chosen.processes.first_on_its_machine():
         dataset = data.load(args.dataset, args.data_dir, size, args.stream, **known)
     if about and dataset.image_size != about["image_size"]:

@@ -481,6 +481,7 @@ def test_a_file_of_any_name_is_tested_as_it_was_trained(script, small, tmp_path)
     (tmp_path / "checkpoints" / "folder" / "resnet18.pth").rename(path)
     tested = script("test.py", "--model_job", "student", *flags, "--checkpoint", path)  # the size is the checkpoint's
     assert tested.code == 0 and tested.out == "\n".join(ran.out.splitlines()[1:]) + "\n"
+    assert tested.err == "images are scaled to 8x8 pixels, as the checkpoint was trained\n"
     ran = script("test.py", "--model_job", "student", *flags, "--checkpoint", path, "--image_size", 16)
     refused(ran, "--image_size 16: the checkpoint was trained at 8")
     ran = script("test.py", "--model_job", "student", "--dataset", "digits", "--checkpoint", path)
