@@ -121,6 +121,17 @@ def test_compiled_computes_the_same_and_leaves_no_trace():
     torch.testing.assert_close(forward(images[:3]).logits, plain(images[:3]).logits)  # the last short batch
 
 
+def test_what_is_compiled_is_tried_out_by_its_first_output(monkeypatch, capfd):
+    tried = []
+
+    def compiler(network, **options):
+        return lambda images: tried.append(images.shape) or network(images)
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    runtime.compiled(Small(), (4, 3, 8, 8), Runtime(CPU, "fp32"))
+    assert tried == [(4, 3, 8, 8)] and capfd.readouterr().err == ""
+
+
 def test_a_compiler_that_fails_is_no_failure(monkeypatch, capfd):
     def broken(network, **options):
         def call(images):
@@ -202,7 +213,8 @@ def test_output_that_goes_away_stops_nothing(full):
 
 
 def print_to_closed(result):
-    os.close(1), os.close(2)
+    for number in range(3):
+        os.close(number)
     sys.stdout = sys.stderr = None  # so does Python where they are closed from the start
     with runtime.lasting_output():
         print("a line", flush=True)
@@ -216,11 +228,12 @@ def test_no_file_takes_the_place_of_a_closed_stderr():
     assert in_a_process(print_to_closed) > 2
 
 
-def test_say_without_a_stderr(monkeypatch):
+def test_say_without_a_stderr(monkeypatch, capsys):
     with open(os.devnull) as unwritable:
         for stderr in (None, unwritable):
             monkeypatch.setattr(sys, "stderr", stderr)
             runtime.say("a note")
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

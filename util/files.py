@@ -116,10 +116,11 @@ class Locked(Exception):
     """Another process holds the lock; says which."""
 
 
-# Not by the filelock package, though it is there, as torch needs it: what it does depends much on its version. On Unix
-# its lock is flock's, which a forked process that outlives its parent may keep; the file doesn't say who holds it, and
-# some versions empty it when another process only asks. Where flock answers ENOSYS, it makes a file whose mere presence
-# locks, which stays after a `kill -9`, or raises; where it answers ENOLCK, as NFS does, it always raises.
+# Not by the filelock package, though torch brings it along: it differs much between its versions. On Unix its lock
+# is flock's, which a forked process that outlives its parent can keep. The file doesn't say who holds it, and some
+# versions empty it when another process only asks. Where flock is missing (ENOSYS), some raise, and others lock by a
+# file's mere presence, which a `kill -9` leaves behind, and another machine can't tell that it did. Where a network
+# file system gives no locks (ENOLCK, ENOTSUP), all raise.
 @contextmanager
 def locked(path: Path, wait: bool = False) -> Iterator[None]:
     """Hold the lock that this file is. It goes with its process, however that ends.
