@@ -201,6 +201,7 @@ def test_a_copy_that_is_not_whole_says_what_is_missing(layout, tmp_path, monkeyp
     missing = r"not whole: train has 199 of 200 images \(worm 1 of 2\); test has 98 of 100 images \(woman 0 of 1, worm"
     with pytest.raises(UserError, match=f"{tmp_path}.*: CIFAR-100, but {missing}.*put cifar-100-python.tar.gz"):
         data.load("cifar100", tmp_path)
+    assert not (tmp_path / ".decoded_32.npz").exists()  # nothing was decoded for it
 
 
 def test_a_copy_with_other_pixels_is_refused(tmp_path, monkeypatch):

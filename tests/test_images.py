@@ -348,10 +348,16 @@ def test_a_grey_image_of_16_bits_is_scaled(tmp_path):
     assert pixels(tmp_path / "a.png").flatten().tolist() == [77] * 192  # 20000 / 257
 
 
-def test_a_black_image_is_black(tmp_path):
+@pytest.mark.parametrize("value, seen", [(np.float32(0.5), 128), (np.float32(100), 100), (np.int32(100), 100)])
+def test_a_grey_image_stays_grey(tmp_path, value, seen):
+    Image.fromarray(np.full((8, 8), value)).save(tmp_path / "a.tif")
+    assert (pixels(tmp_path / "a.tif") == seen).all()
+
+
+def test_a_black_image_is_black(tmp_path, recwarn):
     for values in (np.zeros((8, 8), np.float32), np.zeros((8, 8), np.int32)):
         Image.fromarray(values).save(tmp_path / "a.tif")
-        assert pixels(tmp_path / "a.tif").max() == 0
+        assert pixels(tmp_path / "a.tif").max() == 0 and not recwarn.list
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from test_scripts import refused
 
 import data
 from data import Batches
+from util import images
 from util.runtime import UserError
 
 CPU = torch.device("cpu")
@@ -36,21 +37,21 @@ def test_the_data_set_is_the_same(root):
     assert streamed.image_size == 8
     assert (streamed.fingerprint, streamed.test_fingerprint) == (decoded.fingerprint, decoded.test_fingerprint)
     again = data.load("folder", root, 8, stream=True)  # as kept beside the images
-    for images in (streamed, again, dataclasses.replace(streamed, measured=None)):
-        assert (images.fingerprint, images.mean) == (decoded.fingerprint, decoded.mean)
-        assert prints(images.holding_out(0.3)) == prints(decoded.holding_out(0.3))
+    for dataset in (streamed, again, dataclasses.replace(streamed, measured=None)):
+        assert (dataset.fingerprint, dataset.mean) == (decoded.fingerprint, decoded.mean)
+        assert prints(dataset.holding_out(0.3)) == prints(decoded.holding_out(0.3))
 
 
-def prints(images):
+def prints(dataset):
     """What the teacher's cache and a resumed run know each split by."""
-    return [Batches(split, images.mean, images.std, 12, CPU).fingerprint() for split in (images.train, images.val)]
+    return [Batches(split, dataset.mean, dataset.std, 12, CPU).fingerprint() for split in (dataset.train, dataset.val)]
 
 
 @pytest.mark.parametrize("augment", [False, True])
 def test_the_batches_are_the_same(root, augment):
     given, random = [], torch.get_rng_state()
-    for images in both(root):
-        batches = Batches(images.train, images.mean, images.std, 12, CPU, shuffle=True, seed=4, augment=augment)
+    for dataset in both(root):
+        batches = Batches(dataset.train, dataset.mean, dataset.std, 12, CPU, shuffle=True, seed=4, augment=augment)
         given.append([batch for epoch in (0, 1) for batch in batches.epoch(epoch, epoch)])
     for one, other in zip(*given, strict=True):
         assert one.images.equal(other.images) and one.labels.equal(other.labels) and one.index.equal(other.index)
@@ -61,10 +62,10 @@ def test_a_script_trains_to_the_same_losses(script, small, small_teacher):
     out = []
     for flags in ([], ["--stream"]):
         ran = script("train_distillation.py", "--model_job", "distillation_LDH5", *small, "--teacher", small_teacher,
-                     "--epochs", 2, "--batch_size", 16, "--checkpoint_dir", f"c{len(out)}", *flags)  # fmt: skip
+                     "--epochs", 1, "--batch_size", 16, "--checkpoint_dir", f"c{len(out)}", *flags)  # fmt: skip
         assert ran.code == 0, ran.err
         out.append(ran.out)
-    assert out[0] == out[1] and out[0].count("Epoch") == 2
+    assert out[0] == out[1] and out[0].count("Epoch") == 1
 
 
 def test_streaming_is_chosen_where_memory_is_short_and_said(root, monkeypatch, capfd):
@@ -102,16 +103,24 @@ def test_all_unreadable_images_are_named_at_once(root):
             data.load("folder", root, 8, stream=True)
 
 
-def test_who_stops_reading_leaves_no_thread_at_work(root):
-    images = data.load("folder", root, 8, stream=True).train.images
+def test_who_stops_reading_leaves_no_thread_at_work(root, monkeypatch):
+    streamed, decoded, read = data.load("folder", root, 8, stream=True), [], images.read_image
+
+    def count(path, size):
+        decoded.append(path)
+        time.sleep(0.01)
+        return read(path, size)
+
+    monkeypatch.setattr(images, "_threads", lambda: 2)
+    monkeypatch.setattr(images, "read_image", count)
     before = set(threading.enumerate())  # an earlier test's threads may idle
-    reading = images.read([torch.arange(40)] * 100)
+    reading = streamed.train.images.read([torch.arange(40)] * 100)
     next(reading)
     reading.close()
     deadline = time.time() + 10
     while set(threading.enumerate()) - before and time.time() < deadline:
         time.sleep(0.01)
-    assert not set(threading.enumerate()) - before
+    assert not set(threading.enumerate()) - before and len(decoded) < 80  # what was to be read ahead is not
 
 
 def test_data_in_one_piece_is_not_streamed(script):
