@@ -133,7 +133,7 @@ class MobileNetV2(BenchmarkNetwork):
     """Sandler et al. 2018 at half width, with ReLU for ReLU6, and strides for small images: 1/16 of the side.
 
     The stages end after blocks 1, 2, 4 and 6, as RepDistiller has it: before the next halving or where blocks end, at a
-    convolution without ReLU, so their maps have both signs. The last map comes of one more, to 1280 channels, with ReLU.
+    convolution without ReLU, so their maps have both signs. The last map is that of one more, with ReLU: 1280 channels.
     """
 
     # of the blocks: expansion, channels, how many, stride of the first
