@@ -124,13 +124,13 @@ def shapes(network: CifarResNet, image_size: int, n_images: int) -> Shapes:
     return Shapes(outputs.logits.shape[1], tuple(outputs.last_map.shape[1:]), maps, n_images)
 
 
-def folded(network: CifarResNet) -> CifarResNet:
-    """A copy for inference alone: in eval mode, frozen, each batch norm folded into the convolution before it."""
+def folded(network: nn.Module) -> nn.Module:
+    """A copy for inference alone: in eval mode, frozen, each batch norm that follows a convolution folded into it."""
     network = copy.deepcopy(network).eval().requires_grad_(False)
     for module in network.modules():
         children = list(module.named_children())
         for (conv_name, conv), (bn_name, bn) in zip(children, children[1:], strict=False):
-            # In torchvision's ResNets every batch norm directly follows its convolution in the order of definition.
+            # A network here defines a batch norm directly after a convolution only where it is computed after it, too.
             if isinstance(conv, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d | nn.SyncBatchNorm):
                 setattr(module, conv_name, fuse_conv_bn_eval(conv, bn))
                 setattr(module, bn_name, nn.Identity())
