@@ -1,14 +1,15 @@
 """One more loss is one entry and one row: whatever it needs of the teacher, may be set, and learns."""
 
 import json
-import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
+from as_processes import thin
 from torch import nn
 
 import losses
+import models
 from losses import Loss, Setting
 from recipes import RECIPES, Recipe
 from util.bounds import POSITIVE
@@ -46,7 +47,7 @@ ENTRIES = {
 
 
 @pytest.fixture
-def more(monkeypatch, tmp_path, small_teacher):
+def more(monkeypatch, tmp_path, scaled_like_trained):
     """The entries and a row for each, a teacher to distil from; gives the rows."""
     rows = {}
     for name, entry in ENTRIES.items():
@@ -56,7 +57,8 @@ def more(monkeypatch, tmp_path, small_teacher):
         rows[name] = row
     folder = tmp_path / "checkpoints" / "folder"
     folder.mkdir(parents=True)
-    shutil.copy(small_teacher, folder / "resnet50.pth")
+    thin(monkeypatch.setattr)
+    torch.save(scaled_like_trained(models.build("teacher", 4)).state_dict(), folder / "resnet50.pth")
     return rows
 
 
