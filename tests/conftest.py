@@ -37,7 +37,7 @@ def no_network(monkeypatch, tmp_path):
     connect = socket.socket.connect
 
     def connect_here(self, address):
-        if self.family != socket.AF_UNIX:  # by which worker processes hand over their tensors
+        if self.family != socket.AF_UNIX:  # by which processes of this machine speak with each other
             refuse()
         connect(self, address)
 
