@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import logging
 import os
+import struct
 import unicodedata
 import warnings
 from collections import deque
@@ -319,7 +320,7 @@ def _upright(image: Image.Image) -> Image.Image:
     """Turned as its EXIF says; damaged EXIF says nothing."""
     try:
         turn = _TURNS.get(image.getexif().get(0x0112))
-    except Exception:
+    except (OSError, SyntaxError, ValueError, LookupError, TypeError, EOFError, struct.error):  # as its parser says it
         turn = None
     return image if turn is None else image.transpose(turn)
 
