@@ -279,7 +279,7 @@ def _generator(seed: int, epoch: int, purpose: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
 
 
-class Trained(NamedTuple):
+class TrainedWith(NamedTuple):
     """What a network was trained with."""
 
     classes: tuple[str, ...]
@@ -309,7 +309,7 @@ def load(
         raise UserError(f"--image_size {image_size} is too small; the networks need 8 at least")
     if stream and name not in RESIZED:
         raise UserError(f"--stream: {name} comes in one piece, not as image files; leave the flag away")
-    trained = Trained(tuple(classes), tuple(mean), tuple(std)) if classes and mean and std else None
+    trained = TrainedWith(tuple(classes), tuple(mean), tuple(std)) if classes and mean and std else None
     if name == "folder":
         return _images(name, *find(data_dir, TEST, trained and trained.classes), image_size or 32, stream, trained)
     if name == "tiny_imagenet":
@@ -325,7 +325,7 @@ def _expanded(data_dir: str | Path) -> Path:
         raise UserError(f"--data_dir {data_dir}: {error}") from None
 
 
-def _as_trained(dataset: Dataset, trained: Trained) -> Dataset:
+def _as_trained(dataset: Dataset, trained: TrainedWith) -> Dataset:
     """The data set for the network to be tested on. Raises UserError for a test class that it does not know."""
     test = _numbered(dataset.test, dataset.classes, trained.classes)
     if test is None:
@@ -400,7 +400,7 @@ def _download_cifar(name: str, data_dir: Path) -> None:
         ) from None
 
 
-def _tiny_imagenet(data_dir: Path, size: int, stream: bool, trained: Trained | None) -> Dataset:
+def _tiny_imagenet(data_dir: Path, size: int, stream: bool, trained: TrainedWith | None) -> Dataset:
     """Its labelled validation images are the test images; those in test/ have no labels."""
     root = data_dir / "tiny-imagenet-200"
     root = root if root.is_dir() else data_dir
@@ -410,7 +410,7 @@ def _tiny_imagenet(data_dir: Path, size: int, stream: bool, trained: Trained | N
     return _images("tiny_imagenet", *found, size, stream, trained)
 
 
-def _images(name: str, root: Path, listing: Files, size: int, stream: bool, trained: Trained | None) -> Dataset:
+def _images(name: str, root: Path, listing: Files, size: int, stream: bool, trained: TrainedWith | None) -> Dataset:
     """The data set of these image files, decoded or, to stream or where that would not fit the memory, not."""
     own = tuple(sorted({label for found in listing.values() for _, label in found}))
     classes = trained.classes if trained else own
