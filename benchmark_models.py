@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
-from models import STAGES, CifarResNet, Outputs
+from outputs import STAGES, Outputs, PooledClassifier
 
 
-class BenchmarkNetwork(nn.Module):
+class BenchmarkNetwork(PooledClassifier, nn.Module):
     """Images, float32 (B, 3, H, W), to Outputs: logits, last_map (the map that is pooled and classified) and maps.
 
     A subclass has `fc`, its final linear layer, and features().
@@ -26,8 +26,6 @@ class BenchmarkNetwork(nn.Module):
     def __init__(self):
         super().__init__()
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-
-    classify = CifarResNet.classify
 
     def features(self, images: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
         """The maps at the ends of the stages, in order, and the last map."""

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import Batch, Batches
-from models import CifarResNet, Outputs, folded
+from models import CifarResNet, folded
+from outputs import Outputs
 from util.processes import Processes
 from util.runstate import Keeper, State
 from util.runtime import Diverged, Runtime

@@ -18,6 +18,7 @@ import engine
 import losses
 import models
 from data import Batches, Dataset, Split
+from outputs import Outputs
 from recipes import RECIPES, Recipe, described
 from report.results import Result, epochs_csv
 from teacher import Normalisation, Teacher
@@ -358,9 +359,7 @@ def _batch_norm(setup: Setup) -> str:
     return f"each of {size} parts of a batch"
 
 
-def forward_of(
-    network: models.CifarResNet, batches: Batches, runtime: Runtime
-) -> Callable[[torch.Tensor], models.Outputs]:
+def forward_of(network: models.CifarResNet, batches: Batches, runtime: Runtime) -> Callable[[torch.Tensor], Outputs]:
     """The network compiled for the batches, on the very same weights."""
     images = batches.batch_size // runtime.processes.size
     return compiled(network, (images, 3, batches.size, batches.size), runtime)
@@ -438,7 +437,7 @@ def load(recipe: Recipe, path: Path, dataset: str = "cifar100") -> Trained:
 
 def check_fit(trained: Trained, dataset: Dataset, path: Path) -> None:
     """Refuse a network of other classes than the data set's, or of another image size. Raises UserError."""
-    classes = trained.network.fc.out_features
+    classes = trained.network.num_classes
     if classes != dataset.num_classes:
         raise UserError(f"{path} tells {classes} classes apart, the data set has {dataset.num_classes}")
     if trained.about is None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models import Outputs, Shapes
+from outputs import Outputs, Shapes
 from util.runtime import UserError
 
 

@@ -1,6 +1,6 @@
 """The losses, one entry each, and the schedules of alpha.
 
-A loss is a function of the student's outputs and the teacher's outputs (models.Outputs, for the same B images), the
+A loss is a function of the student's outputs and the teacher's outputs (outputs.Outputs, for the same B images), the
 labels, int64 (B,), and its own settings by name; it gives a scalar in float32, the mean over the images. To add one is
 to write the function and its entry in LOSSES, which says what it needs of the teacher, what may be set, and what it
 learns: what the teacher computes and remembers, the flags, and the results follow from that.
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from loss_parts import Contrast, Review, VariationalRegressors, hint_regressor, paired_stages
-from models import Outputs, Shapes
+from outputs import Outputs, Shapes
 from recipes import Recipe
 from util.bounds import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, YES_OR_NO, Bound
 from util.runtime import UserError

@@ -1,55 +1,20 @@
 """The networks: torchvision's ResNets with a stem for small images, or their own, and the student with a projector."""
 
 import copy
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from outputs import STAGES, Outputs, PooledClassifier, Shapes
+
 TEACHER_MAP = 2048  # channels of the teacher's last feature map
 STUDENT_MAP = 512  # and of the student's
 
-STAGES = ("stage1", "stage2", "stage3", "stage4")  # of a ResNet, its layer1 to layer4
 
-
-class Outputs(NamedTuple):
-    """What a network gives for B images; losses take what they need of it.
-
-    logits: float32 (B, classes).
-    last_map: the last feature map, before pooling: (B, 512, H, W) for a ResNet-18, (B, 2048, H, W) for a ResNet-50;
-        H = W is the image's side / 8 with the stem for small images, / 32 with torchvision's own, rounded up.
-    maps: the feature maps at the ends of the stages, (B, C, H, W) each, under the stages' names, "stage1" the first.
-    projected: a feature student's last map brought to the teacher's channels, (B, 2048, H, W).
-    head: of a teacher, its frozen classifier: a function from a map like last_map to logits.
-    index: int64 (B,), which of the training images these are; given with a teacher's outputs.
-    """
-
-    logits: torch.Tensor | None = None
-    last_map: torch.Tensor | None = None
-    maps: Mapping[str, torch.Tensor] = MappingProxyType({})
-    projected: torch.Tensor | None = None
-    head: Callable[[torch.Tensor], torch.Tensor] | None = None
-    index: torch.Tensor | None = None
-
-
-class Shapes(NamedTuple):
-    """The shapes of a network's outputs for one image, from which a loss makes its learnt parts.
-
-    classes: of the logits. last_map: (C, H, W). maps: (C, H, W) under each stage's name. n_images: how many images it
-    is trained on, which Outputs.index counts.
-    """
-
-    classes: int
-    last_map: tuple[int, int, int]
-    maps: Mapping[str, tuple[int, int, int]]
-    n_images: int
-
-
-class CifarResNet(ResNet):
+class CifarResNet(PooledClassifier, ResNet):
     """torchvision's ResNet with a stem for small images: conv1 3x3 of stride 1, no maxpool. Same state_dict keys."""
 
     def __init__(self, block: type[BasicBlock | Bottleneck], layers: list[int], num_classes: int):
@@ -63,15 +28,6 @@ class CifarResNet(ResNet):
         """Take torchvision's own stem for large images: conv1 7x7 of stride 2, and a maxpool of stride 2."""
         self.conv1 = nn.Conv2d(3, 64, kernel_size=7, stride=2, padding=3, bias=False)
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-
-    def classify(self, last_map: torch.Tensor) -> torch.Tensor:
-        """Logits (B, classes) of a last feature map.
-
-        In the weights' own precision, float32, whatever the autocast: logits rounded to bfloat16 tie, and a tie is
-        settled by the class's number.
-        """
-        with torch.autocast(last_map.device.type, enabled=False):
-            return self.fc(torch.flatten(self.avgpool(last_map.to(self.fc.weight.dtype)), 1))
 
     def forward(self, images: torch.Tensor) -> Outputs:
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))

@@ -15,7 +15,8 @@ import torch
 
 import models
 from data import VIEWS, Batch, Batches, Statistics
-from models import CifarResNet, Outputs, folded
+from models import CifarResNet, folded
+from outputs import Outputs
 from util import files
 from util.runtime import Runtime, UserError, free_memory, inference_batch, say
 
@@ -70,7 +71,7 @@ class Teacher:
     def source(self, batches: Batches, needs: frozenset[str]) -> Source:
         """What gives this teacher's outputs fastest for these batches: remembered ones where they can be, else itself.
 
-        needs: the outputs that are asked for, by their names in models.Outputs and of the stages, "stages" meaning each
+        needs: the outputs that are asked for, by their names in Outputs and of the stages, "stages" meaning each
         of them. What is remembered is shared by all later calls for the same images; of several processes on a machine
         the first computes it.
         """
@@ -251,7 +252,7 @@ class Views:
 
     def __init__(self, teacher: Teacher, batches: Batches):
         self.teacher = teacher
-        device, n, classes = teacher.runtime.device, batches.n_images, teacher.network.fc.out_features
+        device, n, classes = teacher.runtime.device, batches.n_images, teacher.network.num_classes
         self.table = torch.empty(n, VIEWS, classes, dtype=self._kind(teacher), device=device)
         self.filled = torch.zeros(n, VIEWS, dtype=torch.bool)  # on the CPU: to ask it is not to wait for the device
 
@@ -262,7 +263,7 @@ class Views:
     @classmethod
     def size(cls, teacher: Teacher, batches: Batches) -> int:
         """The table's size in bytes."""
-        return batches.n_images * VIEWS * teacher.network.fc.out_features * cls._kind(teacher).itemsize
+        return batches.n_images * VIEWS * teacher.network.num_classes * cls._kind(teacher).itemsize
 
     def of(self, batches: Batches) -> Source:
         """A function from a batch of `batches` to the teacher's outputs."""

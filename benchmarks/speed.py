@@ -38,6 +38,7 @@ import jobs  # noqa: E402
 import losses  # noqa: E402
 import models  # noqa: E402
 from data import Batches, Split  # noqa: E402
+from outputs import Outputs  # noqa: E402
 from recipes import RECIPES, Recipe  # noqa: E402
 from teacher import Teacher  # noqa: E402
 from util import runtime  # noqa: E402
@@ -208,7 +209,7 @@ class Ours(Side):
         network: models.CifarResNet,
         batches: Batches,
         teacher: Teacher | None,
-        forward: Callable[[torch.Tensor], models.Outputs],
+        forward: Callable[[torch.Tensor], Outputs],
     ) -> None:
         """Train for one epoch; alpha counts nothing here, but that a schedule's first epoch could weigh a term by 0."""
         source, objective = jobs.aim(recipe, network, teacher, batches)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import models
 from benchmark_models import ARCHITECTURES
+from outputs import Outputs
 from util.convolution import Conv3x3
 
 PARAMETERS = {  # for 100 classes
@@ -277,7 +278,7 @@ def test_the_fast_convolution_and_channels_last_change_nothing(name, bf16, toler
         assert (mine.float() - theirs.float()).norm() <= tolerance * theirs.float().norm()
 
 
-def assert_same(outputs: models.Outputs, expected: models.Outputs):
+def assert_same(outputs: Outputs, expected: Outputs):
     assert outputs.maps.keys() == expected.maps.keys()
     values = (outputs.logits, outputs.last_map, *outputs.maps.values())
     for mine, theirs in zip(values, (expected.logits, expected.last_map, *expected.maps.values()), strict=True):

@@ -12,7 +12,7 @@ import engine
 import jobs
 import models
 from data import Batches, Split
-from models import Outputs
+from outputs import Outputs
 from recipes import RECIPES
 from teacher import Teacher
 from util.runtime import Diverged, Runtime

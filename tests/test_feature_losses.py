@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import losses
 import models
 from losses import LOSSES, Objective
-from models import Outputs, Shapes
+from outputs import Outputs, Shapes
 from recipes import Recipe
 from util.runtime import UserError
 

@@ -7,7 +7,7 @@ import torch
 
 import losses
 from losses import LOSSES, Objective, settings_of
-from models import Outputs
+from outputs import Outputs
 from recipes import Recipe
 
 LOGIT_LOSSES = [

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import losses
-from models import Outputs, build
+from models import build
+from outputs import Outputs
 from recipes import RECIPES, ROWS
 
 B, C = 5, 7

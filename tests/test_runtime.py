@@ -16,7 +16,7 @@ import engine
 import jobs
 import models
 from data import Batches
-from models import Outputs
+from outputs import Outputs
 from recipes import RECIPES
 from util import runtime
 from util.runtime import Runtime, UserError

@@ -9,6 +9,7 @@ import data
 import models
 import teacher as teachers
 from data import Batches, Split
+from outputs import STAGES
 from teacher import Teacher
 from util import runtime
 from util.runtime import Runtime
@@ -74,7 +75,7 @@ def test_remembered_outputs_are_the_live_ones(digits, make, precision, needs):
         for batch in batches.epoch(epoch):
             given = source(batch)
             assert (given.last_map is not None) == ("last_map" in needs) and given.index.equal(batch.index)
-            assert set(given.maps) == (set(models.STAGES) if "stages" in needs else needs - BOTH)
+            assert set(given.maps) == (set(STAGES) if "stages" in needs else needs - BOTH)
             same(given, teacher(batch), TOLERANCES[precision])
 
 
