@@ -4,12 +4,14 @@ Parameters are named as the library names them. A torchvision network is cut in 
 images to the maps, and `head`, from the last map to the logits.
 """
 
+import contextlib
 import copy
 import difflib
 import importlib
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import NamedTuple
 
@@ -54,7 +56,7 @@ def has_small_stem(name: str) -> bool:
 def build(name: str, num_classes: int, stem: str) -> "Library":
     """A fresh network, with random weights from torch's global generator; images (B, 3, H, W) to outputs.Outputs.
 
-    stem: "standard", the library's own, or "small", for images of 32 pixels or so, which halves them less often.
+    stem: "standard", the library's own, or "small", for images of 32 pixels or so: they are halved less.
     Raises UserError for a name that isn't known, a library that isn't installed, a stem that can't be changed.
     """
     if stem == "small" and not has_small_stem(name):
@@ -129,7 +131,7 @@ class Library(nn.Module):
         In the weights' own precision, float32, whatever the autocast: logits rounded to bfloat16 tie, and a tie is
         settled by the class's number.
         """
-        with torch.autocast(last_map.device.type, enabled=False):
+        with _without_autocast(last_map.device.type):
             return self._head(last_map.to(next(self.parameters()).dtype))
 
     def _head(self, last_map: torch.Tensor) -> torch.Tensor:
@@ -137,14 +139,11 @@ class Library(nn.Module):
 
     def check(self, image_size: int) -> None:
         """Raise UserError where the network can't take images of that side. Computes nothing but shapes."""
-        training = self.training
         try:
-            _on_meta(self.eval(), image_size)
+            _on_meta(self, image_size)
         except (RuntimeError, AssertionError, ValueError) as error:  # a layer's, or the network's own check
             reason = str(error).strip().partition("\n")[0]
             raise UserError(f"{self.network_name} can't take images of {image_size} pixels: {reason}") from error
-        finally:
-            self.train(training)
 
     def folded(self) -> nn.Module:
         """A copy for inference alone: in eval mode, frozen, batch norm folded where it's known to follow a convolution.
@@ -154,11 +153,17 @@ class Library(nn.Module):
         return copy.deepcopy(self).eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
+def _without_autocast(device_type: str) -> AbstractContextManager:
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()  # the device of shapes alone, meta
+
+
 @torch.no_grad()
 def _on_meta(network: nn.Module, side: int) -> object:
-    """What the network gives for images of that side, of which only the shapes are known."""
-    weights = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-    weights = {name: torch.empty_like(value, device="meta") for name, value in weights.items()}
+    """What the network gives for two images of that side, as shapes alone: nothing is computed."""
+    weights = itertools.chain(network.named_parameters(), network.named_buffers())
+    weights = {name: torch.empty_like(value, device="meta") for name, value in weights}
     return torch.func.functional_call(network, weights, (torch.empty(2, 3, side, side, device="meta"),))
 
 
@@ -187,6 +192,7 @@ class TracedNetwork(Library):
     def __init__(self, name: str, model: nn.Module, num_classes: int, trace: Trace):
         super().__init__()
         self.network_name, self.num_classes, self._trace = name, num_classes, trace
+        self._version = model._version  # is saved with the weights, and MNASNet's asks for it
         # Not as a module within this one: its name would be in the names of all parameters.
         self._modules, self._parameters, self._buffers = model._modules, model._parameters, model._buffers
         for constant, value in trace.constants.items():
@@ -364,7 +370,7 @@ class TimmNetwork(Library):
 def _timm() -> ModuleType:
     try:
         return importlib.import_module("timm")
-    except ImportError:
+    except KeyError:
         raise UserError("a network of timm's, timm:NAME, needs timm; pip install timm") from None
 
 
