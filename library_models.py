@@ -370,7 +370,7 @@ class TimmNetwork(Library):
 def _timm() -> ModuleType:
     try:
         return importlib.import_module("timm")
-    except KeyError:
+    except ImportError:
         raise UserError("a network of timm's, timm:NAME, needs timm; pip install timm") from None
 
 
