@@ -218,7 +218,10 @@ class TracedNetwork(Library):
 def _torchvision_model(name: str, num_classes: int, stem: str) -> nn.Module:
     family = _family(name)
     without_auxiliary = {"aux_logits": False, "init_weights": True} if name in AUXILIARY else {}
-    model = torchvision.models.get_model(name, num_classes=num_classes, **without_auxiliary)
+    device = torch.get_default_device()
+    # RegNet finds its widths by computing with tensors, which those of shapes alone, on meta, don't allow.
+    with torch.device("cpu" if family == "regnet" else device):
+        model = torchvision.models.get_model(name, num_classes=num_classes, **without_auxiliary).to(device)
     if stem == "small":
         SMALL_STEMS[family](model)
     return model
@@ -228,14 +231,15 @@ NCHW, NHWC = (0, 1, 2, 3), (0, 3, 1, 2)  # a map's dimensions, as they are permu
 PROBE = 224  # a side of images that every network takes, and at which no stage's map is a single pixel
 HEADS = ("avgpool", "classifier")  # layers whose values have a map's shape in some networks, and are none
 
-_traces: dict[tuple[str, str], Trace] = {}  # by name and stem: nothing else changes a network's computation
+_traces: dict[tuple[str, str, str], Trace] = {}  # by name, stem and the device that a trace's constants are on
 
 
 def _torchvision_network(name: str, num_classes: int, stem: str) -> TracedNetwork:
     model = _torchvision_model(name, num_classes, stem)
-    if (name, stem) not in _traces:
-        _traces[name, stem] = _trace(model)
-    return TracedNetwork(name, model, num_classes, _traces[name, stem])
+    key = name, stem, torch.get_default_device().type
+    if key not in _traces:
+        _traces[key] = _trace(model)
+    return TracedNetwork(name, model, num_classes, _traces[key])
 
 
 def _trace(model: nn.Module) -> Trace:

@@ -184,6 +184,14 @@ def test_the_state_has_the_version_that_torchvisions_own_loads():
     torchvision.models.mnasnet0_5(num_classes=7).load_state_dict(saved)
 
 
+@pytest.mark.parametrize("name", ["regnet_y_400mf", "resnet18"])
+def test_without_weights(name):
+    with torch.device("meta"):
+        weights = library_models.build(name, 7, "standard").state_dict()
+    assert {value.device.type for value in weights.values()} == {"meta"}
+    assert list(weights) == list(library_models.build(name, 7, "standard").state_dict())
+
+
 def test_names():
     names = library_models.names()
     assert {*SIDES, "wide_resnet50_2", "inception_v3", "maxvit_t"} <= set(names)
