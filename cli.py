@@ -182,7 +182,11 @@ def add_training_flags(parser: Parser) -> None:
     add_recipe_flags(group, ["epochs", "learning_rate", "batch_size", "scheduler_step"])
     add_seed_flag(group)
     group.add_argument("--name", type=run_name, help="of this run's files, so that it stands beside the job's own run")
-    group.add_argument("--augment", action="store_true", help="random crop with padding 4, and horizontal flip")
+    group.add_argument(
+        "--augment",
+        action="store_true",
+        help=f"horizontal flip, and random crop with padding 4; above {data.LARGE} pixels random resized crop",
+    )
     add_val_flag(group)
     add_compile_flag(group)
     add_sync_bn_flag(group)

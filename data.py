@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,8 @@ DIGITS = Path(__file__).with_name("digits.npz")
 PADDING = 4  # of the random crop, in pixels
 OFFSETS = 2 * PADDING + 1  # of the crop's window, down and across
 VIEWS = OFFSETS * OFFSETS * 2  # and flipped or not
+LARGE = 64  # the side above which images are augmented as large ones are: resized crops, not shifted ones
+SCALE, RATIO, TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10  # of torchvision's RandomResizedCrop
 RESIZED = ("folder", "tiny_imagenet")  # the data sets of image files, which come in any size
 HELD_OUT_SEED = 20  # of its own: the same images are held out whatever a run's seed
 
@@ -173,8 +176,9 @@ def normalise(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> to
 class Batches:
     """The images of a split on a device, given batch by batch; the last, short batch is kept.
 
-    shuffle: in an order that depends on (seed, epoch) alone. augment: a random crop with padding 4 (of black pixels)
-    and a horizontal flip with probability 1/2 for every image, which depend on (seed, epoch, image) alone.
+    shuffle: in an order that depends on (seed, epoch) alone. augment: a random crop with padding 4 (of black pixels),
+    or of images larger than 64 pixels torchvision's RandomResizedCrop, and a horizontal flip with probability 1/2 for
+    every image, which depend on (seed, epoch, image) alone.
     processes: of several, each is given its part of every batch where they are shuffled, for training; where not, for
     testing, whole batches in turn, so that each is computed just as by one process.
     """
@@ -189,13 +193,25 @@ class Batches:
         self.shuffle, self.seed, self.augment = shuffle, seed, augment
         # On the device from the start: a tensor made from Python's numbers in the step would wait for the device.
         self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
-        self.images = None if self.streams else self._padded(split.images.to(device))
+        self.images = self._padded(split.images.to(device)) if self._fits() else None
         self.sides = torch.arange(self.size, device=device)
 
     @property
     def streams(self) -> bool:
         """Whether the images are decoded as they are asked for."""
         return isinstance(self.split.images, ImageFiles)
+
+    @property
+    def resizes(self) -> bool:
+        """Whether augmented images are resized crops, of which there are too many kinds to come again."""
+        return self.augment and self.size > LARGE
+
+    def _fits(self) -> bool:
+        """Whether the images can lie on the device; those in memory that can't are moved there batch by batch."""
+        if self.streams or self.device.type == "cpu":
+            return not self.streams
+        free = free_memory(self.device)  # 0: not known
+        return not 0 < free < 2 * self.split.images.nbytes
 
     @property
     def n_images(self) -> int:
@@ -218,10 +234,16 @@ class Batches:
         return torch.randperm(self.n_images, generator=_generator(self.seed, epoch, 0))
 
     def views(self, epoch: int) -> torch.Tensor:
-        """How each image is seen in that epoch: int64 (N, 3) of crop offsets dy, dx in 0..8, and flip, on the CPU."""
+        """How each image is seen in that epoch: int64 (N, 3) of crop offsets dy, dx in 0..8, and flip, on the CPU.
+
+        Of large images (N, 5): the crop's top, left, height and width, and flip.
+        """
         generator = _generator(self.seed, epoch, 1)
-        offsets = torch.randint(OFFSETS, (self.n_images, 2), generator=generator)
-        return torch.cat([offsets, torch.randint(2, (self.n_images, 1), generator=generator)], dim=1)
+        if self.resizes:
+            crops = _resized_crops(self.n_images, self.size, generator)
+        else:
+            crops = torch.randint(OFFSETS, (self.n_images, 2), generator=generator)
+        return torch.cat([crops, torch.randint(2, (self.n_images, 1), generator=generator)], dim=1)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """This process's batches of an epoch (from 0), from number `start` on, as if those before had been given."""
@@ -239,19 +261,28 @@ class Batches:
             return
         views = self._move(self.views(epoch)) if self.augment else None
         indices = self._move(torch.cat(list(parts))).split([len(part) for part in parts])
-        decoded = self.split.images.read(parts) if self.streams else None
+        fetched = self._fetch(parts) if self.images is None else None
         for number, (host_index, index) in enumerate(zip(parts, indices, strict=True)):
-            if decoded is not None:
-                source, at = self._padded(self._move(next(decoded))), torch.arange(len(index), device=self.device)
+            if fetched is not None:
+                source, at = self._padded(self._move(next(fetched))), torch.arange(len(index), device=self.device)
             else:
                 source, at = self.images, index
-            images = source[at] if views is None else self._crop(source, at, views[index])
+            if views is None:
+                images = source[at]
+            elif self.resizes:
+                images = resized_crop(source[at], views[index])
+            else:
+                images = self._crop(source, at, views[index])
             share = shares[number] if shares else 1.0
             pixels = normalise(images, self.mean, self.std)
             yield Batch(index, pixels, self.labels[index], host_index, epoch, share)
 
+    def _fetch(self, parts: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """The images of each part, on the CPU."""
+        return self.split.images.read(parts) if self.streams else (self.split.images[part] for part in parts)
+
     def view_codes(self, epoch: int) -> torch.Tensor:
-        """`views` as one number an image, int64 (N,) of 0..VIEWS - 1, on the CPU."""
+        """`views` of small images as one number an image, int64 (N,) of 0..VIEWS - 1, on the CPU."""
         dy, dx, flip = self.views(epoch).unbind(1)
         return (dy * OFFSETS + dx) * 2 + flip
 
@@ -263,7 +294,7 @@ class Batches:
     def _padded(self, images: torch.Tensor) -> torch.Tensor:
         """The images with a black margin on all sides where they are to be cropped."""
         margin = (0, 0, PADDING, PADDING, PADDING, PADDING)
-        return torch.nn.functional.pad(images, margin) if self.augment else images
+        return torch.nn.functional.pad(images, margin) if self.augment and not self.resizes else images
 
     def _crop(self, padded: torch.Tensor, index: torch.Tensor, views: torch.Tensor) -> torch.Tensor:
         """Of the images with these indices, each one's own window, mirrored where its view says so: (B, H, W, 3)."""
@@ -271,6 +302,50 @@ class Batches:
         rows = dy + self.sides
         columns = dx + torch.where(flip.bool(), self.sides.flip(0), self.sides)
         return padded[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def _resized_crops(n: int, size: int, generator: torch.Generator) -> torch.Tensor:
+    """n random crops of an image of this size, as RandomResizedCrop draws them: int64 (n, 4), top, left, height, width.
+
+    Of TRIES crops the first that fits the image; where none does, the whole image.
+    """
+    areas, ratios = torch.rand(2, n, TRIES, dtype=torch.float64, generator=generator)
+    areas = size**2 * (SCALE[0] + (SCALE[1] - SCALE[0]) * areas)
+    least, most = map(math.log, RATIO)
+    ratios = (least + (most - least) * ratios).exp()
+    sides = torch.stack([(areas / ratios).sqrt(), (areas * ratios).sqrt()], dim=2).round().long()
+    fits = (sides <= size).all(2)
+    first = fits.int().argmax(1)  # of several the first
+    rows = torch.arange(n)
+    sides = torch.where(fits[rows, first, None], sides[rows, first], size)
+    # Whole numbers, so that no rounding can lead out of the image; so few of 2^31 that they stay as likely.
+    corners = torch.randint(1 << 31, (n, 2), generator=generator) % (size - sides + 1)
+    return torch.cat([corners, sides], dim=1)
+
+
+def resized_crop(images: torch.Tensor, views: torch.Tensor) -> torch.Tensor:
+    """Of each image its crop, stretched to the image's size and mirrored where its view says so.
+
+    images: uint8 (B, S, S, 3). views: int64 (B, 5), top, left, height, width, flip. Gives float32 (B, S, S, 3), 0..255.
+    Bilinear; as a crop is never scaled down, antialiasing would change nothing.
+    """
+    size = images.shape[1]
+    top, left, height, width, flip = views.unsqueeze(2).unbind(1)
+    y, x = (_stretched(start, length, size) for start, length in ((top, height), (left, width)))
+    x = torch.where(flip.bool(), x.flip(1), x)
+    grid = torch.stack([x[:, None, :].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size)], dim=3)
+    pixels = torch.nn.functional.grid_sample(images.float().permute(0, 3, 1, 2), grid, align_corners=False)
+    return pixels.permute(0, 2, 3, 1).contiguous()
+
+
+def _stretched(start: torch.Tensor, length: torch.Tensor, size: int) -> torch.Tensor:
+    """Where along its side each of `size` pixels is taken from, (B, size), as grid_sample counts, -1 to 1.
+
+    start, length: of the crop, (B, 1). Nothing is taken from beyond the crop's own outermost pixels.
+    """
+    centres = (torch.arange(size, device=start.device) + 0.5) * (length / size) - 0.5
+    at = start + torch.minimum(centres.clamp(min=0), length - 1)
+    return (2 * at + 1) / size - 1
 
 
 def _generator(seed: int, epoch: int, purpose: int) -> torch.Generator:

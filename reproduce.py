@@ -58,9 +58,7 @@ def parse() -> argparse.Namespace:
         "--weights", default="imagenet", help="the teacher's start: imagenet (default), none, or a FILE"
     )
     parser.add_argument("--augment", action="store_true", help="train the students with random crop and flip")
-    parser.add_argument(
-        "--teacher_augment", action="store_true", help="train the teacher with random crop (padding 4) and flip"
-    )
+    parser.add_argument("--teacher_augment", action="store_true", help="train the teacher with random crop and flip")
     cli.add_val_flag(parser)
     cli.add_teacher_cache_flag(parser)
     cli.add_compile_flag(parser)
