@@ -26,23 +26,23 @@ from torchvision import datasets
 from util import cifar, files
 from util.images import (
     TEST,
-    Files,
+    Found,
     ImageFiles,
     decoded,
     find,
     fingerprint,
     image_digests,
     printable,
-    read_image,
+    readable,
     refuse_unreadable,
     roots,
 )
+from util.listed import find_csv, find_parquet
+from util.packed import Row
 from util.processes import Processes
 from util.runtime import UserError, free_memory, say
 
-_read_image = read_image
-
-DATASETS = ("cifar100", "cifar10", "tiny_imagenet", "folder", "digits")
+DATASETS = ("cifar100", "cifar10", "tiny_imagenet", "folder", "csv", "parquet", "digits")
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 DIGITS = Path(__file__).with_name("digits.npz")
 PADDING = 4  # of the random crop, in pixels
@@ -50,7 +50,9 @@ OFFSETS = 2 * PADDING + 1  # of the crop's window, down and across
 VIEWS = OFFSETS * OFFSETS * 2  # and flipped or not
 LARGE = 64  # the side above which images are augmented as large ones are: resized crops, not shifted ones
 SCALE, RATIO, TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10  # of torchvision's RandomResizedCrop
-RESIZED = ("folder", "tiny_imagenet")  # the data sets of image files, which come in any size
+RESIZED = ("folder", "csv", "parquet", "tiny_imagenet")  # the data sets whose images come in any size
+FINDERS = {"folder": find, "csv": find_csv, "parquet": find_parquet}
+UNEQUAL = 3  # times as many training images of one class as of another are told of
 HELD_OUT_SEED = 20  # of its own: the same images are held out whatever a run's seed
 
 Statistics = tuple[float, float, float]  # one value for each of red, green and blue
@@ -365,11 +367,13 @@ class TrainedWith(NamedTuple):
 def load(
     name: str, data_dir: str | Path = "data", image_size: int | None = None, stream: bool = False,
     classes: tuple[str, ...] | None = None, mean: Statistics | None = None, std: Statistics | None = None,
+    *, skip_unreadable: bool = False,
 ) -> Dataset:  # fmt: skip
     """The data set of that name, one of DATASETS, read from data_dir.
 
-    image_size: the side that images are resized to; for "folder" (32 if None) and "tiny_imagenet" (64 if None) alone.
-    stream: leave these two on the disk and decode their images as they are asked for; done unasked, and said, where
+    image_size: the side that images are resized to, 32 if None, of "tiny_imagenet" 64; for those of RESIZED alone.
+    skip_unreadable: leave out images of these that can't be read, and say so.
+    stream: leave these on the disk and decode their images as they are asked for; done unasked, and said, where
     the decoded images would take more than half of the memory that is free.
     classes, mean, std: those of a network to be tested, all or none: labels are numbered by these classes, and train is
     None where its images are missing or are of other classes, too.
@@ -385,10 +389,14 @@ def load(
     if stream and name not in RESIZED:
         raise UserError(f"--stream: {name} comes in one piece, not as image files; leave the flag away")
     trained = TrainedWith(tuple(classes), tuple(mean), tuple(std)) if classes and mean and std else None
-    if name == "folder":
-        return _images(name, *find(data_dir, TEST, trained and trained.classes), image_size or 32, stream, trained)
-    if name == "tiny_imagenet":
-        return _tiny_imagenet(data_dir, image_size or 64, stream, trained)
+    if skip_unreadable and name not in RESIZED:
+        raise UserError(f"--skip_unreadable: {name} comes whole or not at all; leave the flag away")
+    if name in RESIZED:
+        found = (
+            _tiny_imagenet(data_dir, trained) if name == "tiny_imagenet" else FINDERS[name](data_dir, classes=classes)
+        )
+        size = image_size or (64 if name == "tiny_imagenet" else 32)
+        return _images(name, readable(found, size) if skip_unreadable else found, size, stream, trained)
     dataset = _digits() if name == "digits" else _cifar(name, data_dir)
     return _as_trained(dataset, trained) if trained else dataset
 
@@ -425,7 +433,10 @@ def _dataset(name: str, train: Split, test: Split, classes: tuple[str, ...]) -> 
 
 def _value_counts(images: torch.Tensor) -> torch.Tensor:
     """How often each pixel value occurs in each channel of uint8 (B, H, W, 3): int64 (3, 256)."""
-    return torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(3)])
+    parts = images.split(1000)  # to need no copy of all
+    return sum(
+        torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in part.unbind(3)]) for part in parts
+    )
 
 
 def _statistics(counts: torch.Tensor) -> tuple[Statistics, Statistics]:
@@ -475,42 +486,57 @@ def _download_cifar(name: str, data_dir: Path) -> None:
         ) from None
 
 
-def _tiny_imagenet(data_dir: Path, size: int, stream: bool, trained: TrainedWith | None) -> Dataset:
+def _tiny_imagenet(data_dir: Path, trained: TrainedWith | None) -> Found:
     """Its labelled validation images are the test images; those in test/ have no labels."""
     root = data_dir / "tiny-imagenet-200"
     root = root if root.is_dir() else data_dir
     if not roots(root) and not trained:
         raise UserError(f"{data_dir} holds no tiny-imagenet-200 folder; unpack tiny-imagenet-200.zip there")
-    found = find(root, ("val", *(name for name in TEST if name != "val")), trained and trained.classes)
-    return _images("tiny_imagenet", *found, size, stream, trained)
+    return find(root, ("val", *(name for name in TEST if name != "val")), trained and trained.classes)
 
 
-def _images(name: str, root: Path, listing: Files, size: int, stream: bool, trained: TrainedWith | None) -> Dataset:
+def _images(name: str, found: Found, size: int, stream: bool, trained: TrainedWith | None) -> Dataset:
     """The data set of these image files, decoded or, to stream or where that would not fit the memory, not."""
-    own = tuple(sorted({label for found in listing.values() for _, label in found}))
+    listing = found.files
+    own = found.classes or tuple(sorted({label for images in listing.values() for _, label in images}))
     classes = trained.classes if trained else own
     if len(classes) < 2:
-        raise UserError(f"{printable(root)} has one class alone, {own[0]}; to tell apart there must be two at least")
+        raise UserError(
+            f"{printable(found.root)} has one class alone, {own[0]}; to tell apart there must be two at least"
+        )
     number = {label: index for index, label in enumerate(classes)}
     if any(label not in number for _, label in listing.get("train", ())):  # another data set's, to test on alone
         listing = {"test": listing["test"]}
-    labels = {part: torch.tensor([number[label] for _, label in found]) for part, found in listing.items()}
+        found = found._replace(files=listing)
+    labels = {part: torch.tensor([number[label] for _, label in images]) for part, images in listing.items()}
+    if not trained:
+        _say_unequal(labels["train"], classes)
     needed, there = size * size * 3 * sum(map(len, listing.values())), free_memory(torch.device("cpu"))
     if not stream and 0 < there < 2 * needed:
         stream = True
         say(f"streaming: decoded, the images would take {needed / 1e9:.1f} GB, of memory {there / 1e9:.1f} GB are free")
     if stream:
-        paths = {part: [path for path, _ in found] for part, found in listing.items()}
-        key = hashlib.sha256(fingerprint(root, listing, size).encode() + b"".join(x.numpy() for x in labels.values()))
-        measured = _measured(paths, labels, size, root / f".statistics_{size}.json", key.hexdigest())
+        paths = {part: [path for path, _ in images] for part, images in listing.items()}
+        key = hashlib.sha256(fingerprint(found, size).encode() + b"".join(x.numpy() for x in labels.values()))
+        measured = _measured(paths, labels, size, found.kept(f"statistics_{size}.json"), key.hexdigest())
         images = {part: ImageFiles(paths[part], size, measured.digests[part]) for part in listing}
         mean, std, fingerprints = measured.mean, measured.std, measured.fingerprints
     else:
-        images = {part: torch.from_numpy(array) for part, array in decoded(root, listing, size).items()}
+        images = {part: torch.from_numpy(array) for part, array in decoded(found, size).items()}
         (mean, std), fingerprints = trained[1:] if trained else _statistics(_value_counts(images["train"])), None
     splits = {part: Split(images[part], labels[part]) for part in listing}
     dataset = Dataset(name, splits.get("train"), splits["test"], classes, mean, std, measured=fingerprints)
     return dataclasses.replace(dataset, mean=trained.mean, std=trained.std) if trained else dataset
+
+
+def _say_unequal(labels: torch.Tensor, classes: tuple[str, ...]) -> None:
+    """A line where some class has few training images beside another."""
+    counts = labels.bincount(minlength=len(classes))
+    least, most = int(counts.argmin()), int(counts.argmax())
+    if counts[most] > UNEQUAL * counts[least]:
+        say(
+            f"unequal classes: train has {counts[least]:,} of {classes[least]}, but {counts[most]:,} of {classes[most]}"
+        )
 
 
 class Measured(NamedTuple):
@@ -523,7 +549,7 @@ class Measured(NamedTuple):
 
 
 def _measured(
-    paths: dict[str, list[Path]], labels: dict[str, torch.Tensor], size: int, path: Path, key: str
+    paths: dict[str, list[Path | Row]], labels: dict[str, torch.Tensor], size: int, path: Path, key: str
 ) -> Measured:
     """From one pass over the files, or as kept in `path` since the last one, where nothing changed."""
     measured = _read_measured(path, key)

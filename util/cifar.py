@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from util.images import TEST, TRAIN, class_files, decoded, folders, part_folders, printable, roots
+from util.images import TEST, TRAIN, Found, class_files, decoded, folders, part_folders, printable, roots
 from util.runtime import UserError, say
 
 
@@ -262,7 +262,7 @@ def _from_images(kind: Cifar, root: Path) -> dict[str, Part]:
     number = {name: index for index, name in enumerate(kind.classes)}
     labels = {part: np.array([number[label] for _, label in found], np.int64) for part, found in listing.items()}
     _check_counts(kind, root, labels)  # before many thousands of files are decoded
-    images = decoded(root, listing, 32)
+    images = decoded(Found(root, listing), 32)
     return {part: Part(images[part], labels[part]) for part in listing}
 
 
