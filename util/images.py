@@ -502,7 +502,9 @@ def readable(found: Found, size: int) -> Found:
     rest = _without(found.files, set(unreadable))
     names = some([os.fsdecode(everything.paths[index]) for index in unreadable])
     say(f"{len(unreadable):,} of {len(everything):,} images left out, which can't be read: {names}")
-    say_untested({label for own in rest.values() for _, label in own}, {label for _, label in rest["test"]})
+    before, after = ({label for _, label in files["test"]} for files in (found.files, rest))
+    if before != after:
+        say_untested(before, after)
     return found._replace(files=rest)
 
 
