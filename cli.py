@@ -106,7 +106,10 @@ def add_data_flags(parser: Parser) -> None:
     )
     group = parser.add_argument_group("hardware")
     group.add_argument(
-        "--device", type=runtime.device_name, default="auto", help="auto (default), cpu, cuda, or cuda:N"
+        "--device",
+        type=runtime.device_name,
+        default="auto",
+        help="auto (default: the accelerator that torch finds, else the CPU), cpu, cuda, cuda:N, mps, xpu, or xpu:N",
     )
     group.add_argument(
         "--precision",

@@ -37,7 +37,7 @@ from util.images import (
     roots,
 )
 from util.processes import Processes
-from util.runtime import UserError, free_memory, say
+from util.runtime import UserError, free_memory, say, send
 
 _read_image = read_image
 
@@ -256,9 +256,7 @@ class Batches:
         return (dy * OFFSETS + dx) * 2 + flip
 
     def _move(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.device.type == "cuda":
-            return tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor.to(self.device)
+        return send(tensor, self.device)
 
     def _padded(self, images: torch.Tensor) -> torch.Tensor:
         """The images with a black margin on all sides where they are to be cropped."""

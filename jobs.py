@@ -306,7 +306,7 @@ def _fresh(recipe: Recipe, setup: Setup, keeper: Keeper, shorter: Result | None)
     if _batch_norm(setup) == "whole batch" and processes.size > 1:
         network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
     elif processes.size > 1 and setup.sync_bn:
-        say("batch norm: on a CPU each process normalises its own part of a batch; SyncBatchNorm needs CUDA")
+        say("batch norm: without CUDA each process normalises its own part of a batch; SyncBatchNorm needs it")
     return network.to(runtime.device, memory_format=torch.channels_last)
 
 
