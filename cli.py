@@ -20,7 +20,7 @@ import models
 from jobs import Setup
 from recipes import RECIPES, Recipe
 from teacher import Normalisation
-from util import files, processes, runtime
+from util import files, processes, runtime, scalars
 from util.bounds import COUNT, POSITIVE, Bound
 from util.processes import Lost
 from util.runtime import Diverged, Runtime, Stopped, UserError, say
@@ -121,7 +121,10 @@ def add_data_flags(parser: Parser) -> None:
     )
     group = parser.add_argument_group("hardware")
     group.add_argument(
-        "--device", type=runtime.device_name, default="auto", help="auto (default), cpu, cuda, or cuda:N"
+        "--device",
+        type=runtime.device_name,
+        default="auto",
+        help="auto (default: the accelerator that torch finds, else the CPU), cpu, cuda, cuda:N, mps, xpu, or xpu:N",
     )
     group.add_argument(
         "--precision",
@@ -311,6 +314,7 @@ def add_training_flags(parser: Parser) -> None:
     add_val_flag(group)
     add_compile_flag(group)
     add_sync_bn_flag(group)
+    add_tensorboard_flag(group)
     group = parser.add_argument_group("what an earlier run left").add_mutually_exclusive_group()
     group.add_argument(
         "--resume", action="store_true",
@@ -352,6 +356,14 @@ def add_sync_bn_flag(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--sync_bn", choices=["on", "off"], default="on",
         help="under torchrun on CUDA, batch norm over all parts of a batch (default), or over each process's own",
+    )  # fmt: skip
+
+
+def add_tensorboard_flag(parser: argparse._ActionsContainer) -> None:
+    """The flag of the scripts that train."""
+    parser.add_argument(
+        "--tensorboard", action="store_true",
+        help="write every epoch's figures for TensorBoard, too, into <results_dir>/tensorboard/<run>",
     )  # fmt: skip
 
 
@@ -460,11 +472,14 @@ def load_data(args: argparse.Namespace, chosen: Runtime, about: dict[str, Any] |
 
 def setup(args: argparse.Namespace, dataset: data.Dataset, chosen: Runtime, **choices) -> Setup:
     """What a job runs in; finds out before any training whether it can write what it will make. Raises UserError."""
+    if args.tensorboard:
+        scalars.require()
     files.ensure_writable(checkpoint_dir(args), "--checkpoint_dir")
     files.ensure_writable(results_dir(args), "--results_dir")
     if args.val_fraction:
         dataset = dataset.holding_out(args.val_fraction)
     choices |= {"compile": args.compile == "on", "sync_bn": args.sync_bn == "on", "stem": args.stem}
+    choices |= {"tensorboard": args.tensorboard}
     return Setup(dataset, chosen, checkpoint_dir(args), results_dir(args), **choices)
 
 

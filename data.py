@@ -40,7 +40,7 @@ from util.images import (
 from util.listed import find_csv, find_parquet
 from util.packed import Row
 from util.processes import Processes
-from util.runtime import UserError, free_memory, say
+from util.runtime import UserError, free_memory, say, send
 
 DATASETS = ("cifar100", "cifar10", "tiny_imagenet", "folder", "csv", "parquet", "digits")
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
@@ -290,9 +290,7 @@ class Batches:
         return (dy * OFFSETS + dx) * 2 + flip
 
     def _move(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.device.type == "cuda":
-            return tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor.to(self.device)
+        return send(tensor, self.device)
 
     def _padded(self, images: torch.Tensor) -> torch.Tensor:
         """The images with a black margin on all sides where they are to be cropped."""

@@ -16,6 +16,7 @@ import jobs
 import report
 from jobs import Setup
 from recipes import EPOCHS, RECIPES, Recipe
+from report.results import Result
 from teacher import Teacher
 from util import runtime
 from util.bounds import COUNT, POSITIVE
@@ -66,6 +67,7 @@ def parse() -> argparse.Namespace:
     cli.add_teacher_cache_flag(parser)
     cli.add_compile_flag(parser)
     cli.add_sync_bn_flag(parser)
+    cli.add_tensorboard_flag(parser)
     cli.add_data_flags(parser)
     cli.add_results_flag(parser)
     return parser.parse_args()
@@ -122,23 +124,26 @@ def run_once(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> None:
     """
     title, processes = f"{recipe.job}, seed {setup.seed}", setup.runtime.processes
     # Asked and answered by the main process for all: it is the one that changes what is on the disk.
-    if processes.broadcast(processes.main and is_finished(recipe, setup, teacher)):
+    done = finished(recipe, setup, teacher) if processes.main else None
+    if processes.broadcast(done is not None):
         say(f"{title}: finished already")
+        if done:
+            jobs.show(done, jobs.paths(recipe, setup), setup)
         return
     say(f"{title}: {recipe.epochs} epochs")
     jobs.train(recipe, setup, teacher)
 
 
-def is_finished(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> bool:
-    """Whether the run is finished, and none was begun since. Raises UserError where another run's work is there."""
+def finished(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> Result | None:
+    """The result of the run, if it is finished and none was begun since. Raises UserError where another's work is."""
     there = jobs.paths(recipe, setup)
     if there.state.exists():
-        return False
+        return None
     try:
         done = jobs.finished(recipe, setup, teacher)
         if done and done.warm_start:
             raise UserError(f"{there.result} is no run of its row: it has a warm_start from another; {jobs.ADVICE}")
-        return done is not None
+        return done
     except UserError as error:
         if recipe.network != "teacher":
             raise

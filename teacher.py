@@ -20,7 +20,7 @@ from data import VIEWS, Batch, Batches, Statistics
 from models import folded
 from outputs import Outputs
 from util import files
-from util.runtime import Runtime, UserError, free_memory, inference_batch, say
+from util.runtime import Runtime, UserError, free_memory, inference_batch, say, send
 
 CACHE_FORMAT = 3
 WILD = 1000  # an image's map is wild where its mean square is so many times the median's
@@ -139,10 +139,8 @@ class TeacherCache:
         return outputs
 
     def _look_up(self, values: torch.Tensor, batch: Batch) -> torch.Tensor:
-        if values.device == self.device:
-            found = values[batch.index]
-        else:
-            found = values[batch.host_index].pin_memory().to(self.device, non_blocking=True)
+        here = values.device == self.device
+        found = values[batch.index] if here else send(values[batch.host_index], self.device)
         return found.permute(0, 3, 1, 2) if found.ndim == 4 else found
 
     def fill(self, batches: Batches, names: frozenset[str]) -> None:
