@@ -92,7 +92,7 @@ def run_name(text: str) -> str:
 def add_data_flags(parser: Parser) -> None:
     """Flags of every script: what is read, where it is written, what it runs on."""
     group = parser.add_argument_group("data and files")
-    group.add_argument("--dataset", choices=data.DATASETS, default="cifar100", help="default: cifar100")
+    add_checkpoint_dir_flags(group)
     group.add_argument("--data_dir", type=path, default=Path("data"), help="where the images are; default: ./data")
     group.add_argument(
         "--image_size", type=number(COUNT), help="side that images are resized to (folder: 32, tiny_imagenet: 64)"
@@ -101,13 +101,8 @@ def add_data_flags(parser: Parser) -> None:
         "--stream", action="store_true",
         help="decode image files as they are needed; chosen by itself where they would not fit the memory",
     )  # fmt: skip
-    group.add_argument(
-        "--checkpoint_dir", type=path, help="default: ./checkpoints for cifar100, ./checkpoints/<dataset> else"
-    )
     group = parser.add_argument_group("hardware")
-    group.add_argument(
-        "--device", type=runtime.device_name, default="auto", help="auto (default), cpu, cuda, or cuda:N"
-    )
+    add_device_flag(group)
     group.add_argument(
         "--precision",
         choices=["auto", "fp32", "bf16"],
@@ -116,8 +111,23 @@ def add_data_flags(parser: Parser) -> None:
     )
 
 
+def add_checkpoint_dir_flags(group: argparse._ActionsContainer) -> None:
+    """The flags that tell where checkpoints are."""
+    group.add_argument("--dataset", choices=data.DATASETS, default="cifar100", help="default: cifar100")
+    group.add_argument(
+        "--checkpoint_dir", type=path, help="default: ./checkpoints for cifar100, ./checkpoints/<dataset> else"
+    )
+
+
+def add_device_flag(group: argparse._ActionsContainer) -> None:
+    """The flag of every script that computes."""
+    group.add_argument(
+        "--device", type=runtime.device_name, default="auto", help="auto (default), cpu, cuda, or cuda:N"
+    )
+
+
 def add_results_flag(parser: Parser) -> None:
-    """The flag of the scripts that train."""
+    """The flag of the scripts that write figures."""
     parser.add_argument("--results_dir", type=path, help="default: ./results for cifar100, ./results/<dataset> else")
 
 
