@@ -12,6 +12,7 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from data import Dataset, Split
 from models import folded
 from recipes import Recipe
 from util.images import ImageFiles
-from util.runtime import UserError, inference_batch
+from util.runtime import UserError, choose, inference_batch
 
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "safetensors": ".safetensors"}
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch": (), "safetensors": ("safetensors",)}
@@ -62,9 +63,10 @@ def told_of(recipe: Recipe, trained: jobs.Trained, dataset: Dataset) -> About:
 class Preparation(nn.Module):
     """uint8 (N, H, W, 3) to the network's input, float32 (N, 3, size, size): scaled, cut to a square, normalised.
 
-    As util.images.read_image does it with Pillow: Lanczos over the largest square around the centre, each of its two
-    passes rounded to whole grey values. An image that has the size already stays as it is; in others a value differs by
-    one now and then, as Pillow computes with whole numbers.
+    As util.images.read_image does it with Pillow: Lanczos over the largest square around the centre, along the rows and
+    then the columns, each time rounded to whole grey values. An image that has the size already stays as it is. In
+    others a value differs by one now and then; and in images more than half as high again as wide, which newer versions
+    of Pillow scale along the columns first, by a few at sharp edges.
     """
 
     def __init__(self, size: int, mean: tuple[float, ...], std: tuple[float, ...]):
@@ -136,15 +138,26 @@ def content(form: str, network: nn.Module, about: About) -> bytes:
     """The file of that form, a key of SUFFIXES. Raises UserError for a network that it can't take."""
     if form == "safetensors":
         return _safetensors(network, about)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter about itself: what it wrote is checked
-        try:
+    try:
+        with _quiet():  # the exporters speak of themselves; what they wrote is checked
             program = _program(Deployed(network, about))
             return _onnx(program, about) if form == "onnx" else _pt2(program, about)
-        except Exception as error:  # tracing, translating and writing raise anything
-            reason = str(error).strip().partition("\n")[0]
-            title = about["network"]
-            raise UserError(f"{title} can't be written as {form} ({reason}); try --format safetensors") from error
+    except Exception as error:  # tracing, translating and writing raise anything
+        reason = str(error).strip().partition("\n")[0]
+        title = about["network"]
+        raise UserError(f"{title} can't be written as {form} ({reason}); try --format safetensors") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without libraries' warnings, and their logs below errors."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _program(model: Deployed) -> torch.export.ExportedProgram:
@@ -185,7 +198,7 @@ def quantised(model: bytes, split: Split, about: About) -> bytes:
     split: the training images; activations' ranges are measured on some hundred of them, taken evenly.
     """
     import onnx
-    from onnxruntime.quantization import quantize_static
+    from onnxruntime.quantization import QuantType, quantize_static
 
     number = min(len(split.labels), CALIBRATION_IMAGES)
     index = torch.linspace(0, len(split.labels) - 1, number).long()  # image files come sorted by class
@@ -194,11 +207,10 @@ def quantised(model: bytes, split: Split, about: About) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "int8.onnx")
         images = _Calibration(pieces(split, index.split(CALIBRATION_BATCH)))
-        logging.disable(logging.WARNING)  # advice to fold batch norms and infer shapes, which is done already
-        try:
-            quantize_static(proto, path, images, per_channel=True, nodes_to_exclude=prepares)
-        finally:
-            logging.disable(logging.NOTSET)
+        # Unsigned activations, as the kernels for x86 want them: signed ones take thrice as long there.
+        options = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8, "per_channel": True}
+        with _quiet():  # it advises to fold batch norms and infer shapes, which is done already
+            quantize_static(proto, path, images, nodes_to_exclude=prepares, **options)
         proto = onnx.load(path)
     del proto.metadata_props[:]
     return _with_metadata(proto, about)
@@ -223,17 +235,18 @@ class _Calibration:
 # from files
 
 
-def opened(path: Path, device: torch.device, trust: bool = False) -> Opened:
+def opened(path: Path, device: str, trust: bool = False) -> Opened:
     """The model in the file: a checkpoint or weights of this project, or what `content` made of one.
 
-    device: of a checkpoint's network; the others run on the CPU. trust: open a .pt2 file at all, which torch.export
-    can't read as mere data. Raises UserError for a file that is missing, damaged, refused, or doesn't say its classes.
+    device: as --device has it, of a checkpoint's network; the others run on the CPU. trust: open a .pt2 file at all,
+    which torch.export can't read as mere data. Raises UserError for a file that is missing, damaged, refused, or
+    doesn't say its classes.
     """
     if path.suffix in (".onnx", ".pt2"):
         if not path.is_file():
             raise UserError(f"{path} does not exist; export.py makes such files")
-        if device.type != "cpu":
-            raise UserError(f"{path} runs on the CPU here; leave --device away")
+        if device not in ("auto", "cpu"):
+            raise UserError(f"--device {device}: {path} runs on the CPU here; leave the flag away")
     if path.suffix == ".onnx":
         return _opened_onnx(path)
     if path.suffix == ".pt2":
@@ -242,7 +255,7 @@ def opened(path: Path, device: torch.device, trust: bool = False) -> Opened:
         return _opened_pt2(path)
     _, about = checkpoint.read(path, "export.py and train.py make such files")
     recipe = Recipe(path.name, path.stem, _told(path, about)["network"], 1, 1)
-    return from_checkpoint(jobs.load(recipe, path), path, device)
+    return from_checkpoint(jobs.load(recipe, path), path, choose(device, "fp32").device)
 
 
 def from_checkpoint(trained: jobs.Trained, path: Path, device: torch.device) -> Opened:
@@ -278,7 +291,8 @@ def _opened_onnx(path: Path) -> Opened:
 def _opened_pt2(path: Path) -> Opened:
     extra = {checkpoint.ABOUT: ""}
     try:
-        model = torch.export.load(path, extra_files=extra).module()
+        with _quiet():
+            model = torch.export.load(path, extra_files=extra).module()
         about = json.loads(extra[checkpoint.ABOUT] or "null")
     except Exception:  # of all kinds
         raise UserError(f"{path} is damaged, or no program of torch.export") from None

@@ -82,7 +82,7 @@ def _logits(content: bytes, suffix: str, split: data.Split) -> torch.Tensor:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"model{suffix}")
         path.write_bytes(content)
-        return deployed.logits_of(deployed.opened(path, torch.device("cpu"), trust=True).classify, split)
+        return deployed.logits_of(deployed.opened(path, "cpu", trust=True).classify, split)
 
 
 def _compared(logits: torch.Tensor, expected: torch.Tensor, form: str) -> float:
