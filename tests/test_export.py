@@ -270,10 +270,10 @@ def test_multiply_adds_are_those_of_the_convolutions(cpu, monkeypatch):
 
 
 def test_calibration_error():
-    """One bin of 3 images at 0.8 of which 2 are right, another of 1 at 0.95 which is wrong."""
-    p = torch.tensor([[0.8, 0.2], [0.8, 0.2], [0.2, 0.8], [0.05, 0.95]], dtype=torch.float64)
+    """One bin of 3 images at 0.8 which are all right, another of 1 at 0.95 which is wrong."""
+    p = torch.tensor([[0.8, 0.2], [0.8, 0.2], [0.8, 0.2], [0.05, 0.95]], dtype=torch.float64)
     labels = torch.tensor([0, 0, 0, 0])
-    expected = 100 * (3 * abs(2 / 3 - 0.8) + 0.95) / 4
+    expected = 100 * (3 * abs(1 - 0.8) + 0.95) / 4
     assert measures.calibration_error(p.log(), labels) == pytest.approx(expected)
     assert measures.calibration_error(torch.tensor([[50.0, -50.0]]), labels[:1]) == pytest.approx(0)
 
