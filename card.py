@@ -42,19 +42,18 @@ RATIOS = {"parameters", "multiply_adds", "megabytes", "latency_ms", "images_per_
 
 def main() -> None:
     parser = cli.Parser(description="Write a student's card: the student beside its teacher, in cost and in worth.")
-    parser.add_argument("--model_job", required=True, help=f"a name that a run was given, or {', '.join(RECIPES)}")
-    parser.add_argument("--checkpoint", type=cli.path, help="its file; default: the job's own in <checkpoint_dir>")
+    cli.add_trained_flags(parser, tuple(RECIPES))
     parser.add_argument("--teacher", type=cli.path, help="its checkpoint; default: <checkpoint_dir>/resnet50.pth")
-    cli.add_seed_flag(parser)
     cli.add_data_flags(parser)
     cli.add_results_flag(parser)
     args = parser.parse_args()
 
-    recipe = jobs.recipe_named(args.model_job, args.checkpoint or cli.checkpoint_dir(args), tuple(RECIPES), args.seed)
     chosen = runtime.choose(args.device, "fp32" if args.precision == "auto" else args.precision)
-    path = args.checkpoint or jobs.checkpoint_path(recipe, cli.checkpoint_dir(args), args.seed)
-    teacher_path = args.teacher or jobs.teacher_path(cli.checkpoint_dir(args))
-    student, teacher = jobs.load(recipe, path, args.dataset), jobs.load(RECIPES["teacher"], teacher_path, args.dataset)
+    recipe, path, student = cli.trained(args, tuple(RECIPES))
+    teacher_path = args.teacher or cli.teacher_path(args)
+    teacher_recipe = cli.teacher_recipe(args, teacher_path)
+    teacher = jobs.load(teacher_recipe, teacher_path, args.dataset, args.stem, args.image_size)
+    teacher = cli.with_statistics(args, teacher_recipe, teacher)
     files.ensure_writable(cli.results_dir(args), "--results_dir")
     dataset = cli.load_data(args, chosen, student.about)
     jobs.check_fit(student, dataset, path)
@@ -62,13 +61,13 @@ def main() -> None:
 
     sides, logits = {}, {}
     for name, row, trained, file in (
-        ("teacher", RECIPES["teacher"], teacher, teacher_path),
+        ("teacher", teacher_recipe, teacher, teacher_path),
         ("student", recipe, student, path),
     ):
         say(f"measuring the {name}: its speed, then all test images")
         sides[name], logits[name] = _side(row, trained, file, dataset, chosen)
     card = {
-        "name": args.model_job,
+        "name": recipe.job,
         "seed": args.seed,
         "dataset": dataset.name,
         "test_images": len(dataset.test.labels),
@@ -86,7 +85,7 @@ def main() -> None:
         ],
     }
     folder = cli.results_dir(args) / (f"seed{args.seed}" if args.seed else "")
-    there = [folder / f"{args.model_job}_card.{suffix}" for suffix in ("md", "json")]
+    there = [folder / f"{recipe.job}_card.{suffix}" for suffix in ("md", "json")]
     with files.replacing_all(there) as (page, data):
         page.write(_page(card).encode())
         data.write((json.dumps(card, indent=1) + "\n").encode())
@@ -103,7 +102,7 @@ def _side(
     logits = measures.logits_of(network, jobs.in_order(dataset.test, dataset, chosen, trained.normalisation), chosen)
     name = deployed.told_of(recipe, trained, dataset)["network"]
     figures = {
-        "network": models.TITLES.get(name, name),
+        "network": models.TITLES.get(models.canonical(name), name),
         "parameters": sum(value.numel() for value in whole.parameters()),
         "megabytes": path.stat().st_size / 1e6,
     }

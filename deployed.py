@@ -23,7 +23,7 @@ from torch import nn
 import checkpoint
 import jobs
 from data import Dataset, Split
-from models import folded
+from models import FeatureStudent, folded
 from recipes import Recipe
 from util.images import ImageFiles
 from util.runtime import UserError, choose, inference_batch
@@ -48,15 +48,19 @@ class Opened(NamedTuple):
 
 def told_of(recipe: Recipe, trained: jobs.Trained, dataset: Dataset) -> About:
     """What an export tells of the network, which `dataset` was loaded for: see checkpoint.save."""
-    own = trained.about or {"network": recipe.network, "stem": checkpoint.stem(trained.network.state_dict()) or "small"}
+    own = trained.about or {
+        "network": recipe.built,
+        "stem": checkpoint.stem(trained.network.state_dict()) or "standard",
+    }
+    mean, std = trained.normalisation or (dataset.mean, dataset.std)
     return {
         "job": recipe.job,
         "network": "student" if own["network"] == "feature_student" else own["network"],  # its projector stays here
         "stem": own["stem"],
         "classes": list(dataset.classes),
         "image_size": dataset.image_size,
-        "mean": list(dataset.mean),
-        "std": list(dataset.std),
+        "mean": list(mean),
+        "std": list(std),
     }
 
 
@@ -114,7 +118,7 @@ class Deployed(nn.Module):
 def without_projector(network: nn.Module) -> nn.Module:
     """A copy without what it was distilled through, which its logits do not depend on; the network's own names stay."""
     network = copy.deepcopy(network)
-    if hasattr(network, "proj"):
+    if isinstance(network, FeatureStudent):
         network.proj = nn.Identity()
     return network
 
@@ -254,7 +258,7 @@ def opened(path: Path, device: str, trust: bool = False) -> Opened:
             raise UserError(f"{path} could run code when it is opened: give --trust_pt2 if it is your own, or a .onnx")
         return _opened_pt2(path)
     _, about = checkpoint.read(path, "export.py and train.py make such files")
-    recipe = Recipe(path.name, path.stem, _told(path, about)["network"], 1, 1)
+    recipe = jobs.of_network(Recipe(path.name, path.stem, "student", 1, 1), _told(path, about)["network"])
     return from_checkpoint(jobs.load(recipe, path), path, choose(device, "fp32").device)
 
 

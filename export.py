@@ -27,11 +27,7 @@ TOLERANCE = 1e-4  # of the logits, as a share of the largest where that is above
 
 def main() -> None:
     parser = cli.Parser(description="Write a trained network as a file that other programs run.")
-    parser.add_argument(
-        "--model_job", required=True, help=f"a name that a run was given, or {', '.join(RECIPES)}; by its checkpoint"
-    )
-    parser.add_argument("--checkpoint", type=cli.path, help="its file; default: the job's own in <checkpoint_dir>")
-    cli.add_seed_flag(parser)
+    cli.add_trained_flags(parser, tuple(RECIPES))
     parser.add_argument("--format", choices=deployed.SUFFIXES, required=True, help="torch: a program of torch.export")
     parser.add_argument("--int8", action="store_true", help="with onnx: quantise it, by training images' activations")
     parser.add_argument("--out", type=cli.path, help="the file; default: beside the checkpoint, with its name")
@@ -45,15 +41,14 @@ def main() -> None:
     if args.precision == "bf16":
         raise UserError("--precision bf16: an export is in fp32, or with --int8; leave the flag away")
     deployed.require(f"--format {args.format}", deployed.NEEDS[args.format])
-    recipe = jobs.recipe_named(args.model_job, args.checkpoint or cli.checkpoint_dir(args), tuple(RECIPES), args.seed)
-    path = args.checkpoint or jobs.checkpoint_path(recipe, cli.checkpoint_dir(args), args.seed)
+    chosen = runtime.choose(args.device, "fp32")
+    recipe, path, trained = cli.trained(args, tuple(RECIPES))
+    trained = cli.with_statistics(args, recipe, trained)
     out = args.out or path.with_name(f"{path.stem}{'_int8' * args.int8}{suffix}")
     if out.suffix != suffix:
         raise UserError(f"--out {out}: a file of --format {args.format} is called ...{suffix}")
     if out.exists() and not args.overwrite:
         raise UserError(f"{out} is there; give another --out, or replace it with --overwrite")
-    chosen = runtime.choose(args.device, "fp32")
-    trained = jobs.load(recipe, path, args.dataset)
     files.ensure_writable(out.parent, "--out")
     dataset = cli.load_data(args, chosen, trained.about)
     jobs.check_fit(trained, dataset, path)

@@ -27,6 +27,7 @@ class Recipe:
     """One experiment: the network trained and its loss, alpha CE + (1 - alpha) soft + beta MSE + gamma S2T.
 
     network: a name in models.NETWORKS: "teacher", "student", "feature_student".
+    arch: of another network in its place, by a name that models.build knows; None for the row's own.
     soft: name of the distillation loss in losses.LOSSES that (1 - alpha) weighs; None for hard labels only.
     alpha: the weight of the hard labels, a number or the name of a schedule in losses.ALPHA_SCHEDULES.
     settings: of the losses, where they are not the losses' own defaults, like {"T": 2.0}, the temperature of KD.
@@ -46,6 +47,12 @@ class Recipe:
     gamma: float = _flag(NOT_NEGATIVE, "weight of student to teacher, S2T (rows with a projector)", default=0.0)
     learning_rate: float = _flag(POSITIVE, default=0.001)
     batch_size: int = _flag(COUNT, default=256)
+    arch: str | None = None
+
+    @property
+    def built(self) -> str:
+        """The name by which models.build knows its network."""
+        return self.arch or self.network
 
     @property
     def distils(self) -> bool:

@@ -39,9 +39,7 @@ class Data(_Data, total=False):
     test_fingerprint: str
 
 
-class RecipeValues(TypedDict):
-    """A recipe's plain values; besides these, the settings of its loss under their own names, like T."""
-
+class _RecipeValues(TypedDict):
     network: str
     soft: str | None
     alpha: float | str
@@ -51,6 +49,12 @@ class RecipeValues(TypedDict):
     scheduler_step: int
     learning_rate: float
     batch_size: int
+
+
+class RecipeValues(_RecipeValues, total=False):
+    """A recipe's plain values; besides these, the settings of its loss under their own names, like T."""
+
+    arch: str | None
 
 
 class _Epoch(TypedDict):
@@ -105,6 +109,7 @@ class Result:
     precision: str
     batch_norm: str = "whole batch"
     recipe: RecipeValues
+    stem: str = "small"
     weights: str | None = None
     teacher: dict | None = None
     teacher_top1: float | None
