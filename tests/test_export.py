@@ -18,6 +18,7 @@ import jobs
 import measures
 import models
 from recipes import RECIPES
+from report import results
 from util.runtime import UserError
 
 NEEDED = {"onnx": ["onnx", "onnxscript", "onnxruntime"], "torch": [], "safetensors": ["safetensors"]}
@@ -246,10 +247,10 @@ def test_a_card(script, thin, student, scaled_like_trained, tmp_path, digits, mo
     teacher = tmp_path / "teacher.pth"
     checkpoint.save(scaled_like_trained(models.build("teacher", 10)), teacher)
     flags = ["--checkpoint", student[0], "--teacher", teacher, "--results_dir", tmp_path / "r"]
-    ran = script("card.py", "--model_job", "distillation_LDH6", *flags, *DIGITS)
+    ran = script("card.py", "--model_job", "my_seed_run", *flags, *DIGITS)
     assert ran.code == 0, ran.err
-    page = (tmp_path / "r" / "distillation_LDH6_card.md").read_text()
-    card = json.loads((tmp_path / "r" / "distillation_LDH6_card.json").read_text())
+    page = (tmp_path / "r" / "my_seed_run_card.md").read_text()
+    card = json.loads((tmp_path / "r" / "my_seed_run_card.json").read_text())
     assert ran.out == page
     assert card["student"]["top1"] == pytest.approx(student[1]) and card["test_images"] == 297
     assert f"| top-1, % | {card['teacher']['top1']:.2f} | {student[1]:.2f} |" in page
@@ -260,6 +261,8 @@ def test_a_card(script, thin, student, scaled_like_trained, tmp_path, digits, mo
     assert card["student"]["network"] == "ResNet-18" and card["teacher"]["network"] == "ResNet-50"
     assert all(card[side][key] > 0 for side in ("teacher", "student") for key in ("latency_ms", "images_per_second"))
     assert 0 <= card["agreement"] <= 100
+    with pytest.raises(UserError, match="holds no results"):  # a card is none, whatever its run's name
+        results.read(tmp_path / "r")
 
 
 def test_multiply_adds_are_those_of_the_convolutions(cpu, monkeypatch):
