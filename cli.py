@@ -97,7 +97,7 @@ def run_name(text: str) -> str:
 def add_data_flags(parser: Parser) -> None:
     """Flags of every script: what is read, where it is written, what it runs on."""
     group = parser.add_argument_group("data and files")
-    group.add_argument("--dataset", choices=data.DATASETS, default="cifar100", help="default: cifar100")
+    add_checkpoint_dir_flags(group)
     group.add_argument(
         "--data_dir",
         type=path,
@@ -116,16 +116,8 @@ def add_data_flags(parser: Parser) -> None:
     group.add_argument(
         "--skip_unreadable", action="store_true", help="leave out image files that can't be read, and say which"
     )
-    group.add_argument(
-        "--checkpoint_dir", type=path, help="default: ./checkpoints for cifar100, ./checkpoints/<dataset> else"
-    )
     group = parser.add_argument_group("hardware")
-    group.add_argument(
-        "--device",
-        type=runtime.device_name,
-        default="auto",
-        help="auto (default: the accelerator that torch finds, else the CPU), cpu, cuda, cuda:N, mps, xpu, or xpu:N",
-    )
+    add_device_flag(group)
     group.add_argument(
         "--precision",
         choices=["auto", "fp32", "bf16"],
@@ -134,8 +126,24 @@ def add_data_flags(parser: Parser) -> None:
     )
 
 
+def add_checkpoint_dir_flags(group: argparse._ActionsContainer) -> None:
+    """The flags that tell where checkpoints are."""
+    group.add_argument("--dataset", choices=data.DATASETS, default="cifar100", help="default: cifar100")
+    group.add_argument(
+        "--checkpoint_dir", type=path, help="default: ./checkpoints for cifar100, ./checkpoints/<dataset> else"
+    )
+
+
+def add_device_flag(group: argparse._ActionsContainer) -> None:
+    """The flag of every script that computes."""
+    group.add_argument(
+        "--device", type=runtime.device_name, default="auto",
+        help="auto (default: the accelerator that torch finds, else the CPU), cpu, cuda, cuda:N, mps, xpu, or xpu:N",
+    )  # fmt: skip
+
+
 def add_results_flag(parser: Parser) -> None:
-    """The flag of the scripts that train."""
+    """The flag of the scripts that write figures."""
     parser.add_argument("--results_dir", type=path, help="default: ./results for cifar100, ./results/<dataset> else")
 
 
@@ -430,6 +438,33 @@ def _alpha(recipe: Recipe, number: float | None, schedule: str | None) -> dict[s
     if number is not None:
         return {"alpha": number}
     return {"alpha": schedule} if schedule not in (None, "constant") else {}
+
+
+def add_trained_flags(parser: Parser, choices: tuple[str, ...]) -> None:
+    """Flags of the scripts that take a trained network: which."""
+    parser.add_argument("--model_job", required=True, help=f"a name that a run was given, or {', '.join(choices)}")
+    parser.add_argument("--checkpoint", type=path, help="its file; default: the job's own in <checkpoint_dir>")
+    add_seed_flag(parser)
+    add_network_flags(parser)
+    add_teacher_statistics_flags(parser)
+
+
+def trained(args: argparse.Namespace, choices: tuple[str, ...]) -> tuple[Recipe, Path, jobs.Trained]:
+    """The run that add_trained_flags ask for, its checkpoint, and the network in it. Raises UserError."""
+    folder = checkpoint_dir(args)
+    recipe = jobs.recipe_named(args.model_job, args.checkpoint or folder, choices, args.seed)
+    teacher = of_arch(RECIPES["teacher"], args.teacher_arch) if recipe.distils else None
+    recipe = with_networks(recipe, args, teacher)
+    file = args.checkpoint or jobs.checkpoint_path(recipe, folder, args.seed)
+    return recipe, file, jobs.load(recipe, file, args.dataset, args.stem, args.image_size)
+
+
+def with_statistics(args: argparse.Namespace, recipe: Recipe, network: jobs.Trained) -> jobs.Trained:
+    """The network, a teacher, with the normalisation that the flags tell. Raises UserError for another network."""
+    given = normalisation(args)
+    if given and recipe.network != "teacher":
+        raise UserError(f"--teacher_mean: {recipe.job} is no teacher; leave the flag away")
+    return network._replace(given=given)
 
 
 def checkpoint_dir(args: argparse.Namespace) -> Path:

@@ -158,6 +158,14 @@ def class_files(part: Path, notes: _Notes | None = None) -> list[tuple[Path, str
     return found
 
 
+def images_below(folder: Path) -> list[Path]:
+    """The images in the folder, at any depth, in a fixed order; says what was left out. Raises UserError."""
+    notes = _Notes()
+    found = list(_images_below(str(folder), {_identity(above) for above in folder.resolve().parents}, notes))
+    _say_left_out(notes, set(), set())
+    return found
+
+
 def _images_below(folder: str, seen: set[tuple[int, int]], notes: _Notes) -> Iterator[Path]:
     """seen: folders not to enter (again), or links that go up or around would never end."""
     identity = _identity(folder)
