@@ -2,6 +2,7 @@
 
     python reproduce.py --dataset digits --weights none --epochs 3
     python reproduce.py --seeds 0 1 2
+    python reproduce.py --training strong
 
 What is finished is skipped: run it again to go on where it stopped. Writes checkpoints, one JSON a run into
 <results_dir>, and RESULTS.md, results.csv, top1.png and curves.png beside them. The teacher is trained once, with
@@ -15,7 +16,7 @@ import cli
 import jobs
 import report
 from jobs import Setup
-from recipes import EPOCHS, RECIPES, Recipe
+from recipes import EPOCHS, RECIPES, Recipe, under
 from teacher import Teacher
 from util import runtime
 from util.bounds import COUNT, POSITIVE
@@ -26,6 +27,7 @@ FULL_EPOCHS, FULL_STEP = RECIPES["student"].epochs, RECIPES["student"].scheduler
 
 def main() -> None:
     args = parse()
+    cli.refuse_idle(args)
     report.require()
     chosen = runtime.choose(args.device, args.precision)
     dataset = cli.load_data(args, chosen)
@@ -45,7 +47,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=cli.number(cli.SEED), default=[0], help="default: 0")
     parser.add_argument(
         "--epochs", type=cli.number(EPOCHS),
-        help=f"of the rows of {FULL_EPOCHS} epochs; the others, and the scheduler's steps, in proportion",
+        help=f"of the rows of {FULL_EPOCHS} epochs; the others, and the scheduler's steps, in proportion. With another "
+        "--training of all rows",
     )  # fmt: skip
     parser.add_argument(
         "--scheduler_step",
@@ -54,6 +57,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--learning_rate", type=cli.number(POSITIVE))
     parser.add_argument("--batch_size", type=cli.number(COUNT))
+    cli.add_training_flag(parser)
     parser.add_argument(
         "--weights", default="imagenet", help="the teacher's start: imagenet (default), none, or a FILE"
     )
@@ -71,15 +75,19 @@ def parse() -> argparse.Namespace:
 
 
 def scaled(recipe: Recipe, args: argparse.Namespace) -> Recipe:
-    """The recipe with its epochs and its scheduler's step shrunk or stretched as the flags ask."""
+    """The recipe in the way of --training, its epochs and its scheduler's step shrunk or stretched as the flags ask."""
+    given = {"learning_rate": args.learning_rate, "batch_size": args.batch_size}
+    given = {name: value for name, value in given.items() if value}
+    if args.training != "reference":
+        trained = under(recipe, args.training)
+        return replace(trained, epochs=args.epochs or trained.epochs, **given)
     ratio = args.epochs / FULL_EPOCHS if args.epochs else 1
     step_ratio = args.scheduler_step / FULL_STEP if args.scheduler_step else ratio
     return replace(
         recipe,
         epochs=max(1, round(recipe.epochs * ratio)),
         scheduler_step=max(1, round(recipe.scheduler_step * step_ratio)),
-        learning_rate=args.learning_rate or recipe.learning_rate,
-        batch_size=args.batch_size or recipe.batch_size,
+        **given,
     )
 
 
@@ -90,17 +98,17 @@ def run_rows(rows: list[Recipe], setup: Setup, args: argparse.Namespace) -> None
         rows = rows[1:]
     # Before the student's row, so that a teacher that can't be loaded is told of before hours of training.
     distils = any(recipe.distils for recipe in rows)
-    teacher = load_teacher(setup, args.teacher_cache == "auto", rows) if distils else None
+    teacher = load_teacher(setup, args.training, args.teacher_cache == "auto", rows) if distils else None
     for recipe in rows:
         for seed in args.seeds:
             here = replace(setup, seed=seed, augment=args.augment)
             run_once(recipe, here, teacher if recipe.distils else None)
 
 
-def load_teacher(setup: Setup, cache: bool, rows: list[Recipe]) -> Teacher:
-    """The teacher in the checkpoint folder, trained here or put there."""
-    path = jobs.teacher_path(setup.checkpoint_dir)
-    trained = jobs.load(RECIPES["teacher"], path, setup.dataset.name)
+def load_teacher(setup: Setup, training: str, cache: bool, rows: list[Recipe]) -> Teacher:
+    """The teacher of that training in the checkpoint folder, trained here or put there."""
+    path = jobs.teacher_path(setup.checkpoint_dir, training)
+    trained = jobs.load(under(RECIPES["teacher"], training), path, setup.dataset.name)
     return jobs.make_teacher(trained, path, setup, cache, rows)
 
 

@@ -3,13 +3,14 @@
     python train_distillation.py --alpha 0.7 --T 2 --epochs 50
     python train_distillation.py --model_job distillation_LDH6
     python train_distillation.py --loss dkd --schedule "per epoch"
+    python train_distillation.py --loss dkd --training benchmark
 
 Writes <checkpoint_dir>/<the recipe's checkpoint>.pth, and the figures into <results_dir>.
 """
 
 import cli
 import jobs
-from recipes import RECIPES
+from recipes import RECIPES, under
 from util import runtime
 
 
@@ -18,7 +19,11 @@ def main() -> None:
     parser.add_argument(
         "--model_job", choices=[j for j, row in RECIPES.items() if row.distils], help="default: distillation"
     )
-    parser.add_argument("--teacher", type=cli.path, help="its checkpoint; default: <checkpoint_dir>/resnet50.pth")
+    parser.add_argument(
+        "--teacher",
+        type=cli.path,
+        help="its checkpoint; default: that of the job teacher, of this --training, in <checkpoint_dir>",
+    )
     cli.add_teacher_cache_flag(parser)
     cli.add_loss_flags(parser)
     cli.add_training_flags(parser)
@@ -29,8 +34,8 @@ def main() -> None:
     recipe = cli.distilled(args)
     chosen = runtime.choose(args.device, args.precision)
     dataset = cli.load_data(args, chosen)
-    path = args.teacher or jobs.teacher_path(cli.checkpoint_dir(args))
-    trained = jobs.load(RECIPES["teacher"], path, args.dataset)
+    path = args.teacher or jobs.teacher_path(cli.checkpoint_dir(args), args.training)
+    trained = jobs.load(under(RECIPES["teacher"], args.training), path, args.dataset)
     jobs.check_fit(trained, dataset, path)
     setup = cli.training_setup(args, dataset, chosen)
     jobs.train(recipe, setup, jobs.make_teacher(trained, path, setup, args.teacher_cache == "auto", [recipe]))
