@@ -17,6 +17,7 @@ import data
 import engine
 import jobs
 import losses
+import mixing
 import models
 import recipes
 from data import Batches, Split
@@ -217,6 +218,12 @@ def test_images_and_labels_are_mixed_alike(digits, mixing):
     assert ways == {way for way, alpha in ((True, mixing.mixup), (False, mixing.cutmix)) if alpha}
 
 
+def test_a_box_takes_its_part_and_is_cut_off_at_the_border():
+    assert mixing._cut(0.75, 16, 15, 32) == (0.75, (8, 24, 7, 23))
+    assert mixing._cut(0.75, 31, 0, 32) == (1 - 9 * 8 / 32**2, (23, 32, 0, 8))
+    assert mixing._cut(1.0, 5, 5, 32).lam == 1.0
+
+
 def test_how_mixing_is_drawn():
     """Both ways are as likely, lam is of their Beta distributions, boxes lie anywhere within the image."""
     draws = Mixing(0.2, 1.0).draw(0, 0, 4000, 32)
@@ -351,9 +358,10 @@ def thin_networks(monkeypatch):
     thin(monkeypatch.setattr)
 
 
-def test_runs_of_each_training_on_digits(script, tmp_path, thin_networks):
+def test_runs_of_each_training_on_digits(script, tmp_path, thin_networks, monkeypatch):
     """Side by side, each with what it is made of; tested by its name."""
-    digits, found = ["--dataset", "digits", "--device", "cpu"], {}
+    digits, found, draw, drawn = ["--dataset", "digits", "--device", "cpu"], {}, Mixing.draw, []
+    monkeypatch.setattr(Mixing, "draw", lambda *how: drawn.append(how) or draw(*how))
     for training in TRAININGS:
         ran = script("train.py", "--model_job", "student", "--training", training, "--epochs", 2, *digits)
         assert ran.code == 0, ran.err
@@ -365,6 +373,7 @@ def test_runs_of_each_training_on_digits(script, tmp_path, thin_networks):
         first, last = found[name]["epochs"]
         assert last["train_loss"] < first["train_loss"] and last["train_top1"] > first["train_top1"]
     plain, benchmark, strong = found.values()
+    assert drawn == [(Mixing(0.2, 1.0), 0, epoch, 12, 8) for epoch in range(2)]
     checkpoints = sorted(path.name for path in (tmp_path / "checkpoints" / "digits").glob("*.pth"))
     assert checkpoints == ["resnet18.pth", "student_benchmark.pth", "student_strong.pth"]
     assert "training" not in plain["recipe"] and plain["recipe"]["scheduler_step"] == 20 and not plain["augment"]
@@ -445,6 +454,8 @@ def test_stopped_in_mid_epoch_and_resumed_the_weights_are_the_same(
         assert script(script_of(job), "--model_job", job, *flags, "--resume").code == 143
         position = runstate.load(path.with_suffix(".state"))["position"]
         assert {name: position[name] for name in done} == done
+    if job == "student":  # with more epochs the learning rate would have been another
+        refused(script("train.py", "--model_job", job, *flags, "--epochs", 4, "--resume"), "recipe.epochs: 3 there")
     assert script(script_of(job), "--model_job", job, *flags, "--resume").code == 0
     assert path.read_bytes() == undisturbed
 
