@@ -1,5 +1,6 @@
 """The ways to train: learning rates, optimisers, mixed images and labels, and what a run says of it all."""
 
+import argparse
 import json
 import signal
 
@@ -20,6 +21,7 @@ import losses
 import mixing
 import models
 import recipes
+import reproduce
 from data import Batches, Split
 from mixing import Mixing
 from outputs import Outputs
@@ -508,3 +510,13 @@ def test_identities_differ_between_trainings(digits, tmp_path):
 def test_the_list_has_the_trainings(script):
     out = script("train_distillation.py", "--list").out
     assert "training  benchmark  sgd, milestones, 240 epochs" in out and "training  strong" in out
+
+
+def test_rows_by_another_training_are_all_of_the_same_epochs():
+    nothing = {"epochs": None, "scheduler_step": None, "learning_rate": None, "batch_size": None}
+    for job in ("teacher", "student", "distillation_KMJ1"):
+        flags = argparse.Namespace(**nothing, training="benchmark")
+        assert reproduce.scaled(RECIPES[job], flags) == under(RECIPES[job], "benchmark")
+        flags.epochs, flags.batch_size = 20, 32
+        row = reproduce.scaled(RECIPES[job], flags)
+        assert (row.epochs, row.batch_size, row.learning_rate) == (20, 32, 0.05)
