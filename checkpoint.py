@@ -23,8 +23,9 @@ from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
 import torch
-from torchvision.models import ResNet50_Weights
+from torchvision.models import get_model_weights
 
+import models
 from models import TITLES
 from util.files import replacing, sha256
 from util.runtime import UserError, say
@@ -165,8 +166,8 @@ class _Foreign(Exception):
 def read(path: Path, hint: str, kind: str | None = None) -> tuple[State, About | None]:
     """The weights in the file, whatever the network, and what travels with them, None where nothing does.
 
-    hint: what to do where the file is missing. kind: "teacher", "student" or "feature_student", whose weights are
-    taken where the file holds several networks'. Names are without a prefix that all of them have, and in torchvision's
+    hint: what to do where the file is missing. kind: the network by its name, whose weights are taken where
+    the file holds several networks'. Names are without a prefix that all of them have, and in torchvision's
     layout; bookkeeping tensors among the weights stay, for `fit_into` to judge.
 
     Raises UserError for a file that is missing, damaged, no state_dict, or a pickle that would run code (not run).
@@ -364,11 +365,13 @@ def _taken(value: object, path: Path, kind: str | None) -> dict[str, Any]:
     that order. Raises UserError where there is none, or none comes first.
     """
 
+    wanted = TITLES.get(models.canonical(kind), OTHER) if kind else ""
+
     def place(item: tuple[str, dict[str, Any]]) -> tuple:
         name, entries = item
         holds = _architecture(entries)
         steps = [WRAPPERS.index(step) if step in WRAPPERS else len(WRAPPERS) for step in name.split(".") if step]
-        return holds != TITLES.get(kind, ""), holds == OTHER, holds == OTHER and not name, steps
+        return holds != wanted, holds == OTHER, holds == OTHER and not name, steps
 
     found = sorted(_sets(value), key=place)
     if not found:
@@ -494,6 +497,14 @@ def describe(state: State) -> Contents:
     return Contents(_architecture(state), classes, stem(state))
 
 
+def classes_in(state: State, arch: str, stem: str) -> int | None:
+    """How many classes the network of that name, whose state_dict it is, tells apart; None where that can't be seen."""
+    for name in models.classifier_weights(arch, stem):
+        if name in state:
+            return len(state[name])
+    return None
+
+
 def stem(state: State) -> str | None:
     """ "small" for a conv1 of 3x3, "standard" for ImageNet's of 7x7, None for any other."""
     kernel = tuple(state["conv1.weight"].shape[2:]) if "conv1.weight" in state else None
@@ -513,7 +524,7 @@ def _architecture(state: dict[str, Any]) -> str:
 
 
 def load(network: torch.nn.Module, kind: str, path: Path, hint: str) -> torch.nn.Module:
-    """Load the file into the network of that kind, a key of models.NETWORKS, strictly.
+    """Load the file into the network of that kind, a name that models.build knows, strictly.
 
     Both layouts of a feature student load. Raises UserError as `read` and `fit_into` do, and for a checkpoint of
     another architecture or another number of classes; then the network is as it was.
@@ -525,12 +536,14 @@ def load(network: torch.nn.Module, kind: str, path: Path, hint: str) -> torch.nn
         raise UserError(f"{path} holds a {holds.title}, not the {needed} needed here")
     if None not in (holds.classes, wanted.classes) and holds.classes != wanted.classes:
         raise UserError(f"{path} tells {holds.classes} classes apart, the data set has {wanted.classes}")
-    fit_into(network, state, path)
+    fit_into(network, state, path, models.surplus(kind))
     return network
 
 
-def fit_into(network: torch.nn.Module, state: State, path: Path) -> None:
+def fit_into(network: torch.nn.Module, state: State, path: Path, surplus: tuple[str, ...] = ()) -> None:
     """Load what `read` gave from `path`, strictly; known bookkeeping may lack or be there besides.
+
+    surplus: how names begin that may be there besides, of parts that are in training alone.
 
     Raises UserError for names, shapes, types or values that don't do; the network is then as it was.
     """
@@ -538,9 +551,10 @@ def fit_into(network: torch.nn.Module, state: State, path: Path) -> None:
     if not expected.keys() <= state.keys():
         state = _named_as(expected, state)
     missing = sorted(key for key in expected.keys() - state.keys() if not key.endswith("num_batches_tracked"))
-    surplus = sorted(key for key in state.keys() - expected.keys() if not _is_bookkeeping(key))
-    if missing or surplus:
-        what = f"lacks {missing[0]}" if missing else f"has {surplus[0]} besides"
+    others = sorted(key for key in state.keys() - expected.keys() if not _is_bookkeeping(key))
+    others = [key for key in others if not key.startswith(surplus)]
+    if missing or others:
+        what = f"lacks {missing[0]}" if missing else f"has {others[0]} besides"
         raise UserError(f"{path} does not fit the network: it {what}")
     weights = {}
     for key, value in expected.items():
@@ -564,30 +578,40 @@ def _named_as(expected: State, state: State) -> State:
     return {names.get(key, key): value for key, value in state.items()}
 
 
-def start_teacher(network: torch.nn.Module, source: str) -> None:
-    """The teacher's start: all but conv1 and fc from `source`, "imagenet", or a file with a ResNet-50's weights.
+def start(network: torch.nn.Module, source: str, arch: str = "teacher", stem: str = "small") -> None:
+    """Give the network the weights that it starts from, all but its stem and classifier, where those are its own.
 
-    "none" leaves the random weights. Raises UserError where the weights can't be had or are of another network.
+    source: "imagenet", for torchvision's weights; a file with such a network's weights; "none" leaves the random ones.
+    Raises UserError where the weights can't be had or are of another network.
     """
     if source == "none":
         return
-    path = _imagenet_file() if source == "imagenet" else Path(os.path.expanduser(source))
-    state, _ = read(path, "give --weights a state_dict of torchvision's ResNet-50, or none", "teacher")
-    own = ("conv1.", "fc.")
+    path = _imagenet_file(arch) if source == "imagenet" else Path(os.path.expanduser(source))
+    called = TITLES.get(models.canonical(arch), arch)
+    state, _ = read(path, f"give --weights a state_dict of torchvision's {called}, or none", arch)
+    own = tuple(f"{name.rpartition('.')[0]}." for name in models.own_weights(arch, stem))
     state = {key: value for key, value in state.items() if not key.startswith(own)}
     state |= {key: value for key, value in network.state_dict().items() if key.startswith(own)}
     title = describe(state).title
-    if title != TITLES["teacher"]:
-        raise UserError(f"--weights {path} holds a {title}, not a ResNet-50")
-    fit_into(network, state, path)
+    if title != TITLES.get(models.canonical(arch), OTHER):
+        raise UserError(f"--weights {path} holds a {title}, not a {called}")
+    fit_into(network, state, path, models.surplus(arch))
 
 
-def _imagenet_file() -> Path:
+def imagenet_url(arch: str) -> str | None:
+    """Where torchvision's newest ImageNet weights of the network are, None where it has none."""
+    name = models.library_name(arch)
+    return get_model_weights(name).DEFAULT.url if name else None
+
+
+def _imagenet_file(arch: str) -> Path:
     """torchvision's ImageNet weights on the disk, downloaded where they are not yet, or not as their name says.
 
     A file's name ends in the start of its SHA-256. What is there is replaced only by what is whole.
     """
-    url = ResNet50_Weights.IMAGENET1K_V2.url
+    url = imagenet_url(arch)
+    if url is None:
+        raise UserError(f"--weights imagenet: torchvision has none for {arch}; give --weights FILE, or --weights none")
     name = Path(urlparse(url).path).name
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     prefix = path.stem.rpartition("-")[2]

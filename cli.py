@@ -11,12 +11,17 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+import checkpoint
 import data
+import jobs
+import library_models
 import losses
+import models
 from jobs import Setup
 from recipes import RECIPES, TRAININGS, Recipe, under
+from teacher import Normalisation
 from util import files, processes, runtime
-from util.bounds import COUNT, Bound
+from util.bounds import COUNT, POSITIVE, Bound
 from util.processes import Lost
 from util.runtime import Diverged, Runtime, Stopped, UserError, say
 
@@ -128,11 +133,119 @@ def add_recipe_flags(group: argparse._ActionsContainer, names: list[str]) -> Non
             group.add_argument(f"--{part.name}", type=number(part.metadata["bound"]), help=part.metadata["help"])
 
 
+def add_network_flags(parser: Parser) -> None:
+    """The flags that put other networks in the place of the rows' own."""
+    group = parser.add_argument_group("networks; --list names them")
+    group.add_argument("--teacher_arch", type=arch, metavar="NAME", help="default: resnet50, or what --teacher holds")
+    group.add_argument("--student_arch", type=arch, metavar="NAME", help="default: resnet18")
+    group.add_argument(
+        "--stem", choices=["auto", "small", "standard"], default="auto",
+        help="small: without early pooling, for small images; auto: small up to 64 pixels, where the network has one",
+    )  # fmt: skip
+
+
+def add_weights_flag(parser: Parser, default: str) -> None:
+    """The flag of the scripts that train one network."""
+    parser.add_argument(
+        "--weights", default="auto", metavar="FILE",
+        help=f"what it starts from: imagenet, none, or a FILE (a state_dict); default: {default}",
+    )  # fmt: skip
+
+
+def add_teacher_statistics_flags(parser: Parser) -> None:
+    """Flags of the scripts that run a teacher."""
+    for name, words in (("mean", "mean"), ("std", "standard deviation")):
+        parser.add_argument(
+            f"--teacher_{name}", type=statistics, metavar="R,G,B",
+            help=f"the {words} by which the teacher's images are normalised, pixels taken as 0 to 1, or imagenet; "
+            "default: its checkpoint's own, else the data set's",
+        )  # fmt: skip
+
+
+def statistics(text: str) -> data.Statistics | str:
+    """An argparse type: three numbers, one for each of red, green and blue, or "imagenet"."""
+    parts = text.split(",")
+    if text == "imagenet":
+        return text
+    if len(parts) != 3:
+        raise argparse.ArgumentTypeError(f"{text} is not three numbers like 0.485,0.456,0.406, nor imagenet")
+    return tuple(number(POSITIVE)(part) for part in parts)
+
+
+def normalisation(args: argparse.Namespace) -> Normalisation | None:
+    """What --teacher_mean and --teacher_std say. Raises UserError for one without the other."""
+    given = args.teacher_mean, args.teacher_std
+    if given == (None, None):
+        return None
+    if None in given:
+        raise UserError("--teacher_mean and --teacher_std belong together; give both")
+    return tuple(own if value == "imagenet" else value for value, own in zip(given, data.IMAGENET, strict=True))
+
+
+def teacher_path(args: argparse.Namespace) -> Path:
+    """Where the teacher is, unless --teacher tells."""
+    return jobs.checkpoint_path(chosen_teacher(args), checkpoint_dir(args))
+
+
+def chosen_teacher(args: argparse.Namespace) -> Recipe:
+    """The recipe of the teacher: its row with the network and by the training that the flags ask for."""
+    return under(of_arch(RECIPES["teacher"], args.teacher_arch), args.training)
+
+
+def arch(text: str) -> str:
+    """An argparse type: a network's name."""
+    known = models.names()
+    if text not in known and not text.startswith("timm:"):
+        raise argparse.ArgumentTypeError(str(library_models.unknown(text, known)))
+    return text
+
+
+def teacher_recipe(args: argparse.Namespace, path: Path) -> Recipe:
+    """What the teacher in the file is: the network that was asked for, or else that which the file says it holds."""
+    if args.teacher_arch is None and path.is_file():
+        about = checkpoint.read(path, "")[1]
+        if about and about["network"] not in models.NETWORKS:
+            return of_arch(RECIPES["teacher"], about["network"])
+    return chosen_teacher(args)
+
+
+def with_networks(recipe: Recipe, args: argparse.Namespace, teacher: Recipe | None = None) -> Recipe:
+    """The recipe with the networks that the flags ask for. teacher: the recipe of the one that it is distilled from.
+
+    Raises UserError for a flag without effect.
+    """
+    role, other = ("teacher", "student") if recipe.network == "teacher" else ("student", "teacher")
+    if getattr(args, f"{other}_arch") and teacher is None:
+        raise UserError(f"--{other}_arch: {recipe.job} trains no {other}; leave the flag away")
+    return of_arch(recipe, getattr(args, f"{role}_arch"), teacher)
+
+
+def of_arch(recipe: Recipe, name: str | None, teacher: Recipe | None = None) -> Recipe:
+    """The recipe with the network of that name, None for its own; networks that are not its own are told by its name.
+
+    teacher: the recipe of the one that it is distilled from.
+    """
+    own = "resnet50" if recipe.network == "teacher" else "resnet18"
+    others = [teacher.arch] if teacher and teacher.arch else []
+    if name not in (None, own):
+        return renamed(replace(recipe, arch=name), [*others, name])
+    # A feature student's projector is made for a ResNet-50's map; for another teacher's the loss makes one.
+    return renamed(replace(recipe, arch=own) if others and recipe.network == "feature_student" else recipe, others)
+
+
+def renamed(recipe: Recipe, parts: list[str]) -> Recipe:
+    """The recipe with the parts added to the names of its job and of its files."""
+    if not parts:
+        return recipe
+    job = "_".join([recipe.job, *(re.sub(r"[^\w.]+", "_", part) for part in parts)])
+    return replace(recipe, job=job, checkpoint=job, reference=None)
+
+
 def add_loss_flags(parser: Parser) -> None:
     """Flags of the loss: its name, its weights, the schedule of alpha, and every setting that some loss has."""
     group = parser.add_argument_group("the loss: alpha CE + (1 - alpha) soft + beta MSE + gamma S2T")
     group.add_argument("--loss", choices=losses.LOSSES, help="the soft loss of a run that is no job's; see --list")
-    group.add_argument("--list", action=List, help="list losses, schedules and jobs, a line each")
+    group.add_argument("--list", action=List, help="list losses, schedules, networks and jobs, a line each")
     add_recipe_flags(group, ["alpha", "beta", "gamma"])
     group.add_argument(
         "--schedule",
@@ -165,6 +278,9 @@ class List(argparse.Action):
         for name, training in TRAININGS.items():
             own = f"{training.epochs} epochs" if training.epochs else "each job's own epochs"
             print(f"training  {name:10} {training.optimiser}, {training.schedule}, {own}")
+        for name in models.names():
+            print(f"network   {name}")
+        print("network   timm:NAME, any of timm's classifiers where timm is installed")
         for row in RECIPES.values():
             print(f"job       {row.job:20} {row.network}, {row.epochs} epochs" + f", {row.soft}" * bool(row.soft))
         parser.exit()
@@ -264,20 +380,23 @@ def add_teacher_cache_flag(parser: Parser) -> None:
     )  # fmt: skip
 
 
-def distilled(args: argparse.Namespace) -> Recipe:
+def distilled(args: argparse.Namespace, teacher: Recipe) -> Recipe:
     """The recipe that the flags of train_distillation.py ask for: a job's, or one with a loss and a name of its own.
 
-    Raises UserError as `override` does.
+    teacher: its recipe. Raises UserError as `override` does.
     """
     if args.loss is None:
-        return override(RECIPES[args.model_job or "distillation"], args)
+        return override(with_networks(RECIPES[args.model_job or "distillation"], args, teacher), args)
     if args.model_job:
         raise UserError("--loss and --model_job: a job has its own loss; give one of the two")
     network = "feature_student" if losses.LOSSES[args.loss].projects else "student"
     plain, like = RECIPES["student"], RECIPES["distillation"]
     shape = {"network": network, "epochs": plain.epochs, "scheduler_step": plain.scheduler_step}
-    recipe = override(Recipe(f"--loss {args.loss}", "", soft=args.loss, alpha=like.alpha, **shape), args)
-    name = _name_of(recipe) + (f"_{args.training}" if args.training != "reference" else "")
+    named = f"--loss {args.loss}"
+    recipe = Recipe(named, "", soft=args.loss, alpha=like.alpha, **shape)
+    recipe = override(with_networks(recipe, args, teacher), args)
+    # The networks and the training have added to the name that is replaced.
+    name = _name_of(recipe) + recipe.job.removeprefix(named)
     return replace(recipe, job=name, checkpoint=name)
 
 
@@ -365,7 +484,7 @@ def setup(args: argparse.Namespace, dataset: data.Dataset, chosen: Runtime, **ch
     files.ensure_writable(results_dir(args), "--results_dir")
     if args.val_fraction:
         dataset = dataset.holding_out(args.val_fraction)
-    choices |= {"compile": args.compile == "on", "sync_bn": args.sync_bn == "on"}
+    choices |= {"compile": args.compile == "on", "sync_bn": args.sync_bn == "on", "stem": args.stem}
     return Setup(dataset, chosen, checkpoint_dir(args), results_dir(args), **choices)
 
 

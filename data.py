@@ -44,6 +44,7 @@ _read_image = read_image
 
 DATASETS = ("cifar100", "cifar10", "tiny_imagenet", "folder", "digits")
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation, as torchvision gives them
 DIGITS = Path(__file__).with_name("digits.npz")
 PADDING = 4  # of the random crop, in pixels
 OFFSETS = 2 * PADDING + 1  # of the crop's window, down and across

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import Batch, Batches
-from models import CifarResNet, folded
+from models import folded
 from outputs import Outputs
 from util.processes import Processes
 from util.runstate import Keeper, State
@@ -47,7 +47,7 @@ def adam(parameters: Iterator[torch.nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def fit(
-    network: CifarResNet,
+    network: torch.nn.Module,
     batches: Batches,
     objective: torch.nn.Module,
     *,
@@ -168,7 +168,7 @@ class Position:
 
 
 def _snapshot(
-    network: CifarResNet,
+    network: torch.nn.Module,
     objective: torch.nn.Module,
     optimiser: torch.optim.Optimizer,
     at: Position,
@@ -196,7 +196,7 @@ def _copied(value: object) -> object:
 
 def _restore(
     state: State,
-    network: CifarResNet,
+    network: torch.nn.Module,
     objective: torch.nn.Module,
     optimiser: torch.optim.Optimizer,
     runtime: Runtime,
@@ -219,7 +219,7 @@ def _check_finite(loss: float, trained: torch.nn.Module, epoch: int) -> None:
         raise Diverged(f"training diverged in epoch {epoch + 1}: the loss is {loss}; try a smaller --learning_rate")
 
 
-def evaluate(network: CifarResNet, batches: Batches, runtime: Runtime) -> Figures:
+def evaluate(network: torch.nn.Module, batches: Batches, runtime: Runtime) -> Figures:
     """Figures of the network on the images of `batches`, which must be in order: no shuffling, no augmentation.
 
     top1, top5: percent. mean_ce: the plain mean of the cross-entropy over the images, in nats. test_loss: the sum over

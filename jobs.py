@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy
 import torch
 import torchvision
+from torch import nn
 
 import checkpoint
 import engine
@@ -21,7 +22,7 @@ import models
 from data import Batches, Dataset, Split
 from mixing import Mixing
 from outputs import Outputs
-from recipes import RECIPES, TRAININGS, Recipe, described, milestones, under, warmup_epochs
+from recipes import RECIPES, TRAININGS, Recipe, described, milestones, warmup_epochs
 from report.results import Result, epochs_csv
 from teacher import Normalisation, Teacher
 from util.convolution import Conv3x3
@@ -35,10 +36,10 @@ class Setup:
     """What a job runs in: the data set, the runtime, the folders it writes to, and the choices that no row makes.
 
     seed: of the weights and of the data's order. name: of this run, where it is not to have its job's. augment: random
-    crop and flip of the training images, which a recipe's training may have by itself. weights: the teacher's start,
-    see checkpoint.start_teacher. compile: the network that is trained. mode: "new", "resume" or "overwrite", what to do
-    with what an earlier run left. sync_bn: of several processes on CUDA, batch norm takes its statistics over all parts
-    of a batch.
+    crop and flip of the training images, which a recipe's training may have by itself. weights: what the network starts
+    from, see start_of. compile: the network that is trained. stem: of the networks, "small", "standard", or "auto", by
+    the images' size. mode: "new", "resume" or "overwrite", what to do with what an earlier run left. sync_bn: of
+    several processes on CUDA, batch norm takes its statistics over all parts of a batch.
     """
 
     dataset: Dataset
@@ -48,8 +49,9 @@ class Setup:
     seed: int = 0
     name: str | None = None
     augment: bool = False
-    weights: str = "imagenet"
+    weights: str = "auto"
     compile: bool = False
+    stem: str = "auto"
     mode: str = "new"
     sync_bn: bool = True
 
@@ -68,15 +70,19 @@ class Paths(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """A network from a checkpoint, and what the file says of it; None where it says nothing."""
+    """A network from a checkpoint, and what the file says of it; None where it says nothing.
 
-    network: models.CifarResNet
+    given: the normalisation of its images, where the user tells it.
+    """
+
+    network: nn.Module
     about: dict[str, Any] | None
+    given: Normalisation | None = None
 
     @property
     def normalisation(self) -> Normalisation | None:
-        """Mean and standard deviation of its images' channels, where the checkpoint tells them."""
-        return self.about and (tuple(self.about["mean"]), tuple(self.about["std"]))
+        """Mean and standard deviation of its images' channels, as given, or where the checkpoint tells them."""
+        return self.given or (self.about and (tuple(self.about["mean"]), tuple(self.about["std"])))
 
 
 def checkpoint_path(recipe: Recipe, folder: Path, seed: int = 0, name: str | None = None) -> Path:
@@ -112,10 +118,26 @@ def identity(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> dict[str,
         "precision": setup.runtime.precision,
         "batch_norm": _batch_norm(setup),
         "recipe": described(replace(recipe, settings=losses.settings_of(recipe))),
-        "weights": setup.weights if recipe.network == "teacher" else None,
-        "teacher": teacher and {"sha256": teacher.sha256},
+        "stem": stem_of(recipe, setup),
+        "weights": start_of(recipe, setup),
+        "teacher": teacher
+        and {"sha256": teacher.sha256, "normalisation": teacher.given and [*map(list, teacher.given)]},
         "warm_start": None,
     }
+
+
+def stem_of(recipe: Recipe, setup: Setup) -> str:
+    """The stem of the network that is trained."""
+    return models.stem_of(recipe.built, setup.stem, setup.dataset.image_size)
+
+
+def start_of(recipe: Recipe, setup: Setup) -> str | None:
+    """What the network's weights start from, see checkpoint.start; None for a student unless it is told."""
+    if setup.weights != "auto":
+        return setup.weights
+    if recipe.network != "teacher":
+        return None
+    return "imagenet" if checkpoint.imagenet_url(recipe.built) else "none"
 
 
 def finished(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> Result | None:
@@ -149,7 +171,9 @@ def train(recipe: Recipe, setup: Setup, teacher: Teacher | None = None) -> None:
     combination, a full disk, other work in the way, a run that another process is making).
     """
     processes, there = setup.runtime.processes, paths(recipe, setup)
-    _check_batches(recipe, setup.dataset, processes.size)
+    _check_batches(recipe, setup)
+    if recipe.arch:
+        _pixels_of_last_map(recipe, setup)  # refuses images that are too small for it
     ensure_writable(there.checkpoint.parent, "--checkpoint_dir")
     run, shorter = identity(recipe, setup, teacher), _shorter(recipe, setup, teacher)
     if shorter:
@@ -229,8 +253,8 @@ def about(recipe: Recipe, setup: Setup, run: dict[str, Any]) -> dict[str, Any]:
     dataset = setup.dataset
     return {
         "job": recipe.job,
-        "network": recipe.network,
-        "stem": "small",
+        "network": recipe.built,
+        "stem": stem_of(recipe, setup),
         "classes": list(dataset.classes),
         "image_size": dataset.image_size,
         "mean": list(dataset.mean),
@@ -268,7 +292,7 @@ def _result(
 
 def _trained(
     recipe: Recipe, setup: Setup, teacher: Teacher | None, keeper: Keeper, shorter: Result | None
-) -> models.CifarResNet:
+) -> nn.Module:
     """The network after its training, from wherever the keeper's state is; prints a line an epoch."""
     dataset, runtime, processes = setup.dataset, setup.runtime, setup.runtime.processes
     network, training = _fresh(recipe, setup, keeper, shorter), TRAININGS[recipe.training]
@@ -326,18 +350,18 @@ def optimiser(recipe: Recipe) -> Callable[[Iterator[torch.nn.Parameter]], torch.
     return functools.partial(torch.optim.SGD, fused=True, **{name: getattr(training, name) for name in names})
 
 
-def _fresh(recipe: Recipe, setup: Setup, keeper: Keeper, shorter: Result | None) -> models.CifarResNet:
+def _fresh(recipe: Recipe, setup: Setup, keeper: Keeper, shorter: Result | None) -> nn.Module:
     """The network as its training starts, on its device; one that goes on gets its weights from the state later."""
     runtime, processes = setup.runtime, setup.runtime.processes
     torch.manual_seed(setup.seed)
-    network = models.build(recipe.network, setup.dataset.num_classes)
+    network = models.build(recipe.built, setup.dataset.num_classes, stem_of(recipe, setup))
     if shorter and not keeper.state:
         path = paths(recipe, setup).checkpoint
         say(f"{recipe.job}: training on from the {len(shorter.epochs)} epochs of {path}, with a fresh optimizer")
-        checkpoint.load(network, recipe.network, path, ADVICE)
-    elif recipe.network == "teacher" and not keeper.state:
+        checkpoint.load(network, recipe.built, path, ADVICE)
+    elif start_of(recipe, setup) and not keeper.state:
         with processes.first_on_its_machine():
-            checkpoint.start_teacher(network, setup.weights)
+            checkpoint.start(network, start_of(recipe, setup), recipe.built, stem_of(recipe, setup))
     if runtime.device.type == "cpu":
         Conv3x3.replace_all(network)
     if _batch_norm(setup) == "whole batch" and processes.size > 1:
@@ -348,7 +372,7 @@ def _fresh(recipe: Recipe, setup: Setup, keeper: Keeper, shorter: Result | None)
 
 
 def aim(
-    recipe: Recipe, network: models.CifarResNet, teacher: Teacher | None, batches: Batches
+    recipe: Recipe, network: nn.Module, teacher: Teacher | None, batches: Batches
 ) -> tuple[Callable | None, losses.Objective]:
     """What engine.fit asks for the teacher's outputs, None without a teacher, and what it minimises."""
     if teacher is None:
@@ -362,7 +386,7 @@ def aim(
     return teacher.source(batches, losses.needs_of(recipe)), objective
 
 
-def validation(network: models.CifarResNet, dataset: Dataset, runtime: Runtime) -> Callable[[], engine.Figures] | None:
+def validation(network: nn.Module, dataset: Dataset, runtime: Runtime) -> Callable[[], engine.Figures] | None:
     """The network's figures on the held-out images, to be asked for after each epoch; None where there are none."""
     if dataset.val is None:
         return None
@@ -396,7 +420,7 @@ def _batch_norm(setup: Setup) -> str:
     return f"each of {size} parts of a batch"
 
 
-def forward_of(network: models.CifarResNet, batches: Batches, runtime: Runtime) -> Callable[[torch.Tensor], Outputs]:
+def forward_of(network: nn.Module, batches: Batches, runtime: Runtime) -> Callable[[torch.Tensor], Outputs]:
     """The network compiled for the batches, on the very same weights."""
     images = batches.batch_size // runtime.processes.size
     return compiled(network, (images, 3, batches.size, batches.size), runtime)
@@ -419,7 +443,7 @@ def print_figures(figures: engine.Figures) -> None:
 
 
 def evaluate(
-    network: models.CifarResNet, dataset: Dataset, runtime: Runtime, normalisation: Normalisation | None = None
+    network: nn.Module, dataset: Dataset, runtime: Runtime, normalisation: Normalisation | None = None
 ) -> engine.Figures:
     """engine.evaluate on the data set's test images, normalised so, or else as the data set is."""
     return engine.evaluate(network, in_order(dataset.test, dataset, runtime, normalisation), runtime)
@@ -449,15 +473,23 @@ def recipe_named(name: str, where: Path, choices: tuple[str, ...], seed: int = 0
     if name not in RECIPES and Path(name).name == name and path.is_file():
         _, about = checkpoint.read(path, ADVICE)
         if about:
-            return replace(run, network=about["network"])
+            return of_network(run, about["network"])
     jobs = ", ".join(choices)
     raise UserError(f"--model_job {name}: no such job, nor a run of that name in {where}; the jobs are {jobs}")
 
 
-def load(recipe: Recipe, path: Path, dataset: str = "cifar100") -> Trained:
+def of_network(recipe: Recipe, name: str) -> Recipe:
+    """The recipe with the network of that name, one in models.NETWORKS or any other."""
+    return replace(recipe, network=name, arch=None) if name in models.NETWORKS else replace(recipe, arch=name)
+
+
+def load(
+    recipe: Recipe, path: Path, dataset: str = "cifar100", stem: str = "auto", image_size: int | None = None
+) -> Trained:
     """The trained network of a recipe, from its checkpoint. Raises UserError.
 
-    dataset: a name, for the command that would make a checkpoint that is missing.
+    dataset: a name, for the command that would make a checkpoint that is missing. stem, image_size: as the user has
+    them, for a checkpoint that does not show its stem.
     """
     script = "train_distillation.py" if recipe.distils else "train.py"
     flags = "" if dataset == "cifar100" else f" --dataset {dataset}"
@@ -465,13 +497,16 @@ def load(recipe: Recipe, path: Path, dataset: str = "cifar100") -> Trained:
     if recipe.training != "reference":
         job, flags = job.removesuffix(f"_{recipe.training}"), f" --training {recipe.training}{flags}"
     hint = f"make it with: python {script} --model_job {job}{flags}"
-    state, about = checkpoint.read(path, hint, recipe.network)
+    state, about = checkpoint.read(path, hint, recipe.built)
+    if about and recipe.arch and models.canonical(about["network"]) != models.canonical(recipe.arch):
+        raise UserError(f"{path} holds a {about['network']}, not the {recipe.arch} needed here")
     holds = checkpoint.describe(state)
-    classes = len(about["classes"]) if about else holds.classes
+    stem = holds.stem or (about and about["stem"]) or models.stem_of(recipe.built, stem, image_size or 32)
+    classes = len(about["classes"]) if about else checkpoint.classes_in(state, recipe.built, stem)
     if classes is None:
         raise UserError(f"{path} holds a {holds.title}, and says nothing of its classes")
-    network = models.build(recipe.network, classes, holds.stem or "small")
-    checkpoint.load(network, recipe.network, path, hint)
+    network = models.build(recipe.built, classes, stem)
+    checkpoint.load(network, recipe.built, path, hint)
     return Trained(network, about)
 
 
@@ -487,6 +522,9 @@ def check_fit(trained: Trained, dataset: Dataset, path: Path) -> None:
             raise UserError(f"{path} was trained on other classes: {theirs} stands where the data set has {ours}")
 
 
+AT_CHANCE = 0.05  # of the way from guessing to being always right; a teacher below it is told of
+
+
 def make_teacher(trained: Trained, path: Path, setup: Setup, cache: bool, rows: list[Recipe]) -> Teacher:
     """The frozen teacher, tested once, so that nobody distils from a dead one unknowingly; prints its top-1.
 
@@ -500,6 +538,12 @@ def make_teacher(trained: Trained, path: Path, setup: Setup, cache: bool, rows: 
         say(f"the teacher was trained on images of {own}x{own} pixels and is shown images of {size}x{size}")
     top1 = evaluate(trained.network, dataset, plain(setup.runtime), trained.normalisation)["top1"]
     print(f"Teacher Top-1: {top1:.8f}%", flush=True)
+    chance = 100 / dataset.num_classes
+    if top1 < chance + AT_CHANCE * (100 - chance):
+        say(
+            f"the teacher is right for {top1:.2f} % of the test images, hardly more than by chance: untrained, or fed "
+            "wrongly? See --teacher_mean and --teacher_std, --image_size, and the order of its classes"
+        )
     return Teacher(
         trained.network,
         setup.runtime,
@@ -509,12 +553,8 @@ def make_teacher(trained: Trained, path: Path, setup: Setup, cache: bool, rows: 
         needs=frozenset().union(*map(losses.needs_of, rows)),
         shown=(dataset.mean, dataset.std),
         normalisation=trained.normalisation,
+        given=trained.given,
     )
-
-
-def teacher_path(folder: Path, training: str = "reference") -> Path:
-    """Where the teacher that students of that training are distilled from is, unless told otherwise."""
-    return checkpoint_path(under(RECIPES["teacher"], training), folder)
 
 
 def versions() -> dict[str, str]:
@@ -527,14 +567,22 @@ def versions() -> dict[str, str]:
     }
 
 
-def _check_batches(recipe: Recipe, dataset: Dataset, processes: int) -> None:
+def _check_batches(recipe: Recipe, setup: Setup) -> None:
     """Refuse a batch of which a process would get no image, or one on which batch norm has nothing to normalise."""
-    n = len(dataset.train.labels)
+    size, processes = setup.dataset.image_size, setup.runtime.processes.size
+    n = len(setup.dataset.train.labels)
     smallest = (n % recipe.batch_size or min(n, recipe.batch_size)) // processes
-    needed = 2 if math.ceil(dataset.image_size / 8) == 1 else 1  # values a channel; two are needed
-    if smallest < needed:
-        each = f" for each of {processes} processes" if processes > 1 else ""
-        raise UserError(
-            f"--batch_size {recipe.batch_size} leaves {smallest} of {n} images{each} in the last batch, too few for "
-            f"batch norm at {dataset.image_size}x{dataset.image_size} pixels; choose another --batch_size"
-        )
+    # Of one image a channel needs two values at least.
+    if smallest > 1 or (smallest and _pixels_of_last_map(recipe, setup) > 1):
+        return
+    each = f" for each of {processes} processes" if processes > 1 else ""
+    raise UserError(
+        f"--batch_size {recipe.batch_size} leaves {smallest} of {n} images{each} in the last batch, too few for "
+        f"batch norm at {size}x{size} pixels; choose another --batch_size"
+    )
+
+
+def _pixels_of_last_map(recipe: Recipe, setup: Setup) -> int:
+    network = models.build(recipe.built, setup.dataset.num_classes, stem_of(recipe, setup))
+    last_map = models.shapes(network, setup.dataset.image_size, 1).last_map
+    return last_map[1] * last_map[2] if last_map else 2

@@ -577,9 +577,15 @@ class Objective(nn.Module):
         self.soft, self.beta, self.gamma = recipe.soft, recipe.beta, recipe.gamma
         self.smoothing = TRAININGS[recipe.training].label_smoothing
         self.terms = {name: (loss.function, loss.own(settings)) for name, loss in terms.items()}
+        if student and teacher:
+            _refuse_lacking_maps(terms, settings, {"student": student, "teacher": teacher})
         self.parts = nn.ModuleDict(
             {name: loss.parts(student, teacher, **loss.own(settings)) for name, loss in terms.items() if loss.parts}
         )
+        # A feature student has a projector of its own; any other network gets one here.
+        self.projector = None
+        if student and not student.projected and any(loss.projects for loss in terms.values()):
+            self.projector = nn.Conv2d(student.last_map[0], teacher.last_map[0], kernel_size=1)
 
     def forward(
         self,
@@ -595,6 +601,8 @@ class Objective(nn.Module):
         terms are told the labels alone, of the images that have the greater part.
         """
         hard = cross_entropy(student, labels, mixed, self.smoothing)
+        if self.projector:
+            student = student._replace(projected=self.projector(student.last_map))
         values = {name: self._term(name, student, teacher, labels) for name in self.terms}
         total = alpha * hard
         if self.soft:
@@ -609,6 +617,16 @@ class Objective(nn.Module):
         function, settings = self.terms[name]
         parts = {"parts": self.parts[name]} if name in self.parts else {}
         return function(student, teacher, labels, **settings, **parts)
+
+
+def _refuse_lacking_maps(terms: dict[str, Loss], settings: dict[str, float], networks: dict[str, Shapes]) -> None:
+    """Raise UserError for a loss of feature maps where a network has none, as a vision transformer."""
+    of_maps = [name for name, loss in terms.items() if loss.projects or {*loss.needed(settings)} - {"logits"}]
+    without = [whose for whose, shapes in networks.items() if shapes.last_map is None]
+    if of_maps and without:
+        raise UserError(
+            f"the loss {of_maps[0]} compares feature maps, and the {without[0]} has none; choose a loss of logits"
+        )
 
 
 Schedule = Callable[[int, int], torch.Tensor]

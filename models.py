@@ -8,7 +8,10 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+import library_models
+from benchmark_models import ARCHITECTURES
 from outputs import STAGES, Outputs, PooledClassifier, Shapes
+from util.runtime import UserError
 
 TEACHER_MAP = 2048  # channels of the teacher's last feature map
 STUDENT_MAP = 512  # and of the student's
@@ -49,7 +52,7 @@ class FeatureStudent(CifarResNet):
         return outputs._replace(projected=self.proj(outputs.last_map))
 
 
-NETWORKS: dict[str, Callable[[int], CifarResNet]] = {
+NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "teacher": lambda num_classes: CifarResNet(Bottleneck, [3, 4, 6, 3], num_classes),
     "student": lambda num_classes: CifarResNet(BasicBlock, [2, 2, 2, 2], num_classes),
     "feature_student": FeatureStudent,
@@ -58,30 +61,108 @@ NETWORKS: dict[str, Callable[[int], CifarResNet]] = {
 # What an error calls them.
 TITLES = {"teacher": "ResNet-50", "student": "ResNet-18", "feature_student": "ResNet-18 with a projector"}
 
+# The rows' networks by the names that the field has for them.
+ROWS_OWN = {"resnet50": "teacher", "resnet18": "student"}
 
-def build(arch: str, num_classes: int, stem: str = "small") -> CifarResNet:
-    """A fresh network, by its name in NETWORKS, with random weights from torch's global generator.
+SMALL_IMAGES = 64  # pixels; up to these the stem for small images is taken unless told otherwise
 
-    stem: "small", for images of 32 pixels or so, or "standard", torchvision's own.
+
+def build(arch: str, num_classes: int, stem: str = "small") -> nn.Module:
+    """A fresh network with random weights from torch's global generator.
+
+    arch: a name in NETWORKS, or one of `names`, or of timm as "timm:NAME". stem: "small", for images of 32 pixels or
+    so, or "standard", torchvision's own. Raises UserError for an unknown name and for a stem that it does not have.
     """
-    network = NETWORKS[arch](num_classes)
-    if stem == "standard":
-        network.use_standard_stem()
-    return network
+    if canonical(arch) in NETWORKS:
+        network = NETWORKS[canonical(arch)](num_classes)
+        if stem == "standard":
+            network.use_standard_stem()
+        return network
+    if arch in ARCHITECTURES and stem == "small":
+        return ARCHITECTURES[arch](num_classes)
+    if arch in ARCHITECTURES and arch not in library_models.names():
+        raise UserError(f"--stem standard: {arch} has one for small images alone; choose another network")
+    if not arch.startswith("timm:") and arch not in library_models.names():
+        raise library_models.unknown(arch, names())
+    return library_models.build(arch, num_classes, stem)
+
+
+def canonical(arch: str) -> str:
+    """One name for a network that has several: the row's own, where it is a row's."""
+    return ROWS_OWN.get(arch, arch)
+
+
+def names() -> list[str]:
+    """The names of networks that `build` knows besides NETWORKS: the field's, then torchvision's."""
+    return list(dict.fromkeys([*ROWS_OWN, *ARCHITECTURES, *library_models.names()]))
+
+
+def stem_of(arch: str, stem: str, image_size: int) -> str:
+    """The stem that "auto" means for images of that side, "small" or "standard"; any other is what it is."""
+    if stem != "auto":
+        return stem
+    if arch in ARCHITECTURES and arch not in library_models.names():
+        return "small"
+    has_small = canonical(arch) in NETWORKS or arch in ARCHITECTURES or library_models.has_small_stem(arch)
+    return "small" if image_size <= SMALL_IMAGES and has_small else "standard"
+
+
+def library_name(arch: str) -> str | None:
+    """torchvision's own name of the network, None where it has none of that kind."""
+    name = {"teacher": "resnet50", "student": "resnet18", "feature_student": "resnet18"}.get(arch, arch)
+    return name if name in library_models.names() else None
+
+
+def surplus(arch: str) -> tuple[str, ...]:
+    """How names of weights begin that a checkpoint of the network may hold and the network here has not."""
+    return library_models.surplus(arch) if library_name(arch) else ()
+
+
+def classifier_weights(arch: str, stem: str) -> list[str]:
+    """The names of its weights whose shapes depend on the number of classes."""
+    return _differing(_skeleton(arch, 2, stem), _skeleton(arch, 3, stem))
+
+
+def own_weights(arch: str, stem: str) -> list[str]:
+    """The names of its weights that a network of torchvision's with 1000 classes can't give it."""
+    here, library = _skeleton(arch, 2, stem), library_name(arch)
+    return _differing(here, _skeleton(library, 3, "standard") if library else _skeleton(arch, 3, stem))
+
+
+def _skeleton(arch: str, num_classes: int, stem: str) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {name: value.shape for name, value in build(arch, num_classes, stem).state_dict().items()}
+
+
+def _differing(shapes: dict[str, torch.Size], others: dict[str, torch.Size]) -> list[str]:
+    return [name for name, shape in shapes.items() if others.get(name) != shape]
 
 
 @torch.no_grad()
-def shapes(network: CifarResNet, image_size: int, n_images: int) -> Shapes:
-    """What the network gives for n_images images of that side, found by running a copy of it over one."""
+def shapes(network: nn.Module, image_size: int, n_images: int) -> Shapes:
+    """What the network gives for n_images images of that side, found by running a copy of it over one.
+
+    Raises UserError where such images are too small for it.
+    """
     probe = copy.deepcopy(network).eval()
     weight = next(probe.parameters())
-    outputs = probe(torch.zeros(1, 3, image_size, image_size, device=weight.device, dtype=weight.dtype))
+    try:
+        outputs = probe(torch.zeros(1, 3, image_size, image_size, device=weight.device, dtype=weight.dtype))
+    except (RuntimeError, AssertionError, ValueError) as error:  # whatever a layer says that gets no pixels
+        reason = str(error).strip().partition("\n")[0]
+        pixels = f"{image_size}x{image_size} pixels"
+        raise UserError(f"a network can't take images of {pixels} ({reason}); choose another size or network") from None
     maps = {name: tuple(value.shape[1:]) for name, value in outputs.maps.items()}
-    return Shapes(outputs.logits.shape[1], tuple(outputs.last_map.shape[1:]), maps, n_images)
+    last_map, projected = (
+        value if value is None else tuple(value.shape[1:]) for value in (outputs.last_map, outputs.projected)
+    )
+    return Shapes(outputs.logits.shape[1], last_map, maps, n_images, projected)
 
 
 def folded(network: nn.Module) -> nn.Module:
     """A copy for inference alone: in eval mode, frozen, each batch norm that follows a convolution folded into it."""
+    if hasattr(network, "folded"):
+        return network.folded().to(memory_format=torch.channels_last)
     network = copy.deepcopy(network).eval().requires_grad_(False)
     for module in network.modules():
         children = list(module.named_children())

@@ -35,13 +35,14 @@ class Shapes(NamedTuple):
     """The shapes of a network's outputs for one image, from which a loss makes its learnt parts.
 
     classes: of the logits. last_map: (C, H, W). maps: (C, H, W) under each stage's name. n_images: how many images it
-    is trained on, which Outputs.index counts.
+    is trained on, which Outputs.index counts. projected: (C, H, W) of a feature student.
     """
 
     classes: int
-    last_map: tuple[int, int, int]
+    last_map: tuple[int, int, int] | None
     maps: Mapping[str, tuple[int, int, int]]
     n_images: int
+    projected: tuple[int, int, int] | None = None
 
 
 class PooledClassifier:

@@ -27,6 +27,7 @@ class Recipe:
     """One experiment: the network trained and its loss, alpha CE + (1 - alpha) soft + beta MSE + gamma S2T.
 
     network: a name in models.NETWORKS: "teacher", "student", "feature_student".
+    arch: of another network in its place, by a name that models.build knows; None for the row's own.
     soft: name of the distillation loss in losses.LOSSES that (1 - alpha) weighs; None for hard labels only.
     alpha: the weight of the hard labels, a number or the name of a schedule in losses.ALPHA_SCHEDULES.
     settings: of the losses, where they are not the losses' own defaults, like {"T": 2.0}, the temperature of KD.
@@ -48,6 +49,12 @@ class Recipe:
     learning_rate: float = _flag(POSITIVE, default=0.001)
     batch_size: int = _flag(COUNT, default=256)
     training: str = "reference"
+    arch: str | None = None
+
+    @property
+    def built(self) -> str:
+        """The name by which models.build knows its network."""
+        return self.arch or self.network
 
     @property
     def distils(self) -> bool:
@@ -121,9 +128,9 @@ def under(recipe: Recipe, training: str) -> Recipe:
     if training == recipe.training:
         return recipe
     ways, name = TRAININGS[training], f"{recipe.job}_{training}"
-    rate = ways.mobile_learning_rate if recipe.network.startswith(MOBILE) else None
+    rate = ways.mobile_learning_rate if recipe.built.startswith(MOBILE) else None
     sets = {"epochs": ways.epochs, "batch_size": ways.batch_size, "learning_rate": rate or ways.learning_rate}
-    return replace(recipe, job=name, checkpoint=name, training=training, **sets)
+    return replace(recipe, job=name, checkpoint=name, training=training, reference=None, **sets)
 
 
 def milestones(recipe: Recipe) -> list[int]:

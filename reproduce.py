@@ -33,7 +33,7 @@ def main() -> None:
     dataset = cli.load_data(args, chosen)
     setup = cli.setup(args, dataset, chosen, weights=args.weights, mode="resume")
     try:
-        run_rows([scaled(RECIPES[job], args) for job in RECIPES if job in args.jobs], setup, args)
+        run_rows([chosen_row(RECIPES[job], args) for job in RECIPES if job in args.jobs], setup, args)
     finally:
         if chosen.processes.main:
             for path in report.try_write(setup.results_dir):
@@ -59,8 +59,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=cli.number(COUNT))
     cli.add_training_flag(parser)
     parser.add_argument(
-        "--weights", default="imagenet", help="the teacher's start: imagenet (default), none, or a FILE"
-    )
+        "--weights", default="auto",
+        help="the teacher's start: imagenet (default, where there are any), none, or a FILE",
+    )  # fmt: skip
+    cli.add_network_flags(parser)
+    cli.add_teacher_statistics_flags(parser)
     parser.add_argument("--augment", action="store_true", help="train the students with random crop and flip")
     parser.add_argument(
         "--teacher_augment", action="store_true", help="train the teacher with random crop (padding 4) and flip"
@@ -72,6 +75,14 @@ def parse() -> argparse.Namespace:
     cli.add_data_flags(parser)
     cli.add_results_flag(parser)
     return parser.parse_args()
+
+
+def chosen_row(recipe: Recipe, args: argparse.Namespace) -> Recipe:
+    """The row as the flags ask for it."""
+    teacher = cli.of_arch(RECIPES["teacher"], args.teacher_arch)
+    if recipe.network == "teacher":
+        return scaled(teacher, args)
+    return scaled(cli.of_arch(recipe, args.student_arch, teacher if recipe.distils else None), args)
 
 
 def scaled(recipe: Recipe, args: argparse.Namespace) -> Recipe:
@@ -98,18 +109,20 @@ def run_rows(rows: list[Recipe], setup: Setup, args: argparse.Namespace) -> None
         rows = rows[1:]
     # Before the student's row, so that a teacher that can't be loaded is told of before hours of training.
     distils = any(recipe.distils for recipe in rows)
-    teacher = load_teacher(setup, args.training, args.teacher_cache == "auto", rows) if distils else None
+    teacher = load_teacher(setup, args, rows) if distils else None
     for recipe in rows:
         for seed in args.seeds:
-            here = replace(setup, seed=seed, augment=args.augment)
+            here = replace(setup, seed=seed, augment=args.augment, weights="auto")  # --weights is the teacher's
             run_once(recipe, here, teacher if recipe.distils else None)
 
 
-def load_teacher(setup: Setup, training: str, cache: bool, rows: list[Recipe]) -> Teacher:
-    """The teacher of that training in the checkpoint folder, trained here or put there."""
-    path = jobs.teacher_path(setup.checkpoint_dir, training)
-    trained = jobs.load(under(RECIPES["teacher"], training), path, setup.dataset.name)
-    return jobs.make_teacher(trained, path, setup, cache, rows)
+def load_teacher(setup: Setup, args: argparse.Namespace, rows: list[Recipe]) -> Teacher:
+    """The teacher in the checkpoint folder, trained here or put there."""
+    recipe = cli.chosen_teacher(args)
+    path = jobs.checkpoint_path(recipe, setup.checkpoint_dir)
+    trained = jobs.load(recipe, path, setup.dataset.name, setup.stem, setup.dataset.image_size)
+    trained = trained._replace(given=cli.normalisation(args))
+    return jobs.make_teacher(trained, path, setup, args.teacher_cache == "auto", rows)
 
 
 def run_once(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> None:

@@ -9,13 +9,14 @@ import hashlib
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 import models
 from data import VIEWS, Batch, Batches, Statistics
-from models import CifarResNet, folded
+from models import folded
 from outputs import Outputs
 from util import files
 from util.runtime import Runtime, UserError, free_memory, inference_batch, say
@@ -36,7 +37,7 @@ class Teacher:
 
     def __init__(
         self,
-        network: CifarResNet,
+        network: torch.nn.Module,
         runtime: Runtime,
         sha256: str,
         top1: float,
@@ -45,19 +46,25 @@ class Teacher:
         needs: Iterable[str] = (),
         shown: Normalisation | None = None,
         normalisation: Normalisation | None = None,
+        given: Normalisation | None = None,
     ):
         """sha256: of the checkpoint. top1: its accuracy, in percent. cache_dir: None never remembers outputs.
 
         needs: what all rows to come will ask for, so that the one pass had better keep it from the start.
         shown: how the images of the batches are normalised; normalisation: how the teacher wants them, where it
-        differs.
+        differs. given: it, where it is the user's and not the checkpoint's word.
         """
         self.network = folded(network).to(runtime.device)
         self.runtime, self.sha256, self.top1, self.cache_dir = runtime, sha256, top1, cache_dir
-        self.needs = frozenset(needs)
+        self.needs, self.given = frozenset(needs), given
         self.rescale = None if normalisation in (None, shown) else _rescaling(shown, normalisation, runtime.device)
         self.caches: dict[str, TeacherCache] = {}  # for each set of images, by its fingerprint
         self.views: dict[str, Views] = {}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes two teachers the same: the file, and how its images are normalised where the user says it."""
+        return {"sha256": self.sha256, "normalisation": self.given and [list(values) for values in self.given]}
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Outputs:

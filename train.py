@@ -12,24 +12,22 @@ import cli
 import jobs
 from recipes import RECIPES
 from util import runtime
-from util.runtime import UserError
 
 
 def main() -> None:
     parser = cli.Parser(description="Train the teacher or the student on hard labels.")
     parser.add_argument("--model_job", required=True, choices=[j for j, row in RECIPES.items() if not row.distils])
-    parser.add_argument("--weights", help="the teacher's start: imagenet (default), none, or a FILE (a state_dict)")
+    cli.add_weights_flag(parser, "imagenet for the teacher where there are any, none for the student")
+    cli.add_network_flags(parser)
     cli.add_training_flags(parser)
     cli.add_data_flags(parser)
     cli.add_results_flag(parser)
     args = parser.parse_args()
 
-    recipe = cli.override(RECIPES[args.model_job], args)
-    if args.weights and recipe.network != "teacher":
-        raise UserError("--weights: the student starts from random weights; leave the flag away")
+    recipe = cli.override(cli.with_networks(RECIPES[args.model_job], args), args)
     chosen = runtime.choose(args.device, args.precision)
     dataset = cli.load_data(args, chosen)
-    jobs.train(recipe, cli.training_setup(args, dataset, chosen, weights=args.weights or "imagenet"))
+    jobs.train(recipe, cli.training_setup(args, dataset, chosen, weights=args.weights))
 
 
 if __name__ == "__main__":

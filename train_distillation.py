@@ -10,7 +10,7 @@ Writes <checkpoint_dir>/<the recipe's checkpoint>.pth, and the figures into <res
 
 import cli
 import jobs
-from recipes import RECIPES, under
+from recipes import RECIPES
 from util import runtime
 
 
@@ -25,19 +25,24 @@ def main() -> None:
         help="its checkpoint; default: that of the job teacher, of this --training, in <checkpoint_dir>",
     )
     cli.add_teacher_cache_flag(parser)
+    cli.add_weights_flag(parser, "none")
+    cli.add_network_flags(parser)
+    cli.add_teacher_statistics_flags(parser)
     cli.add_loss_flags(parser)
     cli.add_training_flags(parser)
     cli.add_data_flags(parser)
     cli.add_results_flag(parser)
     args = parser.parse_args()
 
-    recipe = cli.distilled(args)
+    path = args.teacher or cli.teacher_path(args)
+    teacher = cli.teacher_recipe(args, path)
+    recipe = cli.distilled(args, teacher)
     chosen = runtime.choose(args.device, args.precision)
     dataset = cli.load_data(args, chosen)
-    path = args.teacher or jobs.teacher_path(cli.checkpoint_dir(args), args.training)
-    trained = jobs.load(under(RECIPES["teacher"], args.training), path, args.dataset)
+    trained = jobs.load(teacher, path, args.dataset, args.stem, dataset.image_size)
+    trained = trained._replace(given=cli.normalisation(args))
     jobs.check_fit(trained, dataset, path)
-    setup = cli.training_setup(args, dataset, chosen)
+    setup = cli.training_setup(args, dataset, chosen, weights=args.weights)
     jobs.train(recipe, setup, jobs.make_teacher(trained, path, setup, args.teacher_cache == "auto", [recipe]))
 
 

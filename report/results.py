@@ -58,6 +58,7 @@ class RecipeValues(_RecipeValues, total=False):
 
     scheduler_step: int
     training: str
+    arch: str | None
 
 
 class _Epoch(TypedDict):
@@ -112,6 +113,7 @@ class Result:
     precision: str
     batch_norm: str = "whole batch"
     recipe: RecipeValues
+    stem: str = "small"
     weights: str | None = None
     teacher: dict | None = None
     teacher_top1: float | None

@@ -940,7 +940,7 @@ def test_start_from_a_file(tmp_path, imagenet_state):
     torch.save(imagenet_state, tmp_path / "r50.pth")
     network = build("teacher", 10)
     before = copy_of(network)
-    checkpoint.start_teacher(network, str(tmp_path / "r50.pth"))
+    checkpoint.start(network, str(tmp_path / "r50.pth"))
     assert is_started(network, imagenet_state, before)
 
 
@@ -964,20 +964,20 @@ def test_start_from_a_file_as_people_have_it(tmp_path, monkeypatch, imagenet_sta
     torch.save(change(imagenet_state), tmp_path / "r50.pth")
     network = build("teacher", 10)
     before = copy_of(network)
-    checkpoint.start_teacher(network, "~/r50.pth")
+    checkpoint.start(network, "~/r50.pth")
     assert is_started(network, imagenet_state, before)
 
 
 def test_start_from_nothing():
     network = build("teacher", 10)
     before = copy_of(network)
-    checkpoint.start_teacher(network, "none")
+    checkpoint.start(network, "none")
     assert all(value.equal(before[key]) for key, value in network.state_dict().items())
 
 
 def test_start_from_another_network(saved):
     with pytest.raises(UserError, match="holds a ResNet-18, not a ResNet-50"):
-        checkpoint.start_teacher(build("teacher", 10), str(saved["student"]))
+        checkpoint.start(build("teacher", 10), str(saved["student"]))
 
 
 @pytest.fixture(scope="module")
@@ -991,8 +991,7 @@ def imagenet_file(imagenet_state):
 def hub(monkeypatch, imagenet_file):
     """The path of the ImageNet weights in the hub's folder, which is empty, and their bytes."""
     name = f"resnet50-{hashlib.sha256(imagenet_file).hexdigest()[:8]}.pth"
-    weights = types.SimpleNamespace(IMAGENET1K_V2=types.SimpleNamespace(url=f"https://nowhere.invalid/models/{name}"))
-    monkeypatch.setattr(checkpoint, "ResNet50_Weights", weights)
+    monkeypatch.setattr(checkpoint, "imagenet_url", lambda arch: f"https://nowhere.invalid/models/{name}")
     return Path(torch.hub.get_dir()) / "checkpoints" / name, imagenet_file
 
 
@@ -1007,11 +1006,11 @@ def test_imagenet_weights_that_cannot_be_had(hub, monkeypatch, failure):
     path, content = hub
     advice = f"put {path.name} .* into {path.parent}, or give --weights FILE, or --weights none"
     with pytest.raises(UserError, match=advice) as error:
-        checkpoint.start_teacher(torch.nn.Module(), "imagenet")
+        checkpoint.start(torch.nn.Module(), "imagenet")
     assert "delete" not in str(error.value)
     path.write_bytes(content[:-1000])
     with pytest.raises(UserError, match=rf"{path.name} is damaged: delete it; {advice}"):
-        checkpoint.start_teacher(torch.nn.Module(), "imagenet")
+        checkpoint.start(torch.nn.Module(), "imagenet")
     assert path.stat().st_size == len(content) - 1000
 
 
@@ -1032,7 +1031,7 @@ def test_imagenet_weights_are_downloaded_and_damaged_ones_anew(hub, monkeypatch,
     for _ in range(2):
         network = build("teacher", 10)
         before = copy_of(network)
-        checkpoint.start_teacher(network, "imagenet")
+        checkpoint.start(network, "imagenet")
         assert is_started(network, imagenet_state, before)
     assert asked == [(f"https://nowhere.invalid/models/{path.name}", path.stem[-8:])]
     assert capsys.readouterr().err.count("downloading it anew") == there
@@ -1040,4 +1039,4 @@ def test_imagenet_weights_are_downloaded_and_damaged_ones_anew(hub, monkeypatch,
 
 def test_the_name_of_the_imagenet_weights():
     with pytest.raises(UserError, match="put resnet50-11ad3fa6.pth"):
-        checkpoint.start_teacher(torch.nn.Module(), "imagenet")
+        checkpoint.start(torch.nn.Module(), "imagenet")

@@ -147,7 +147,8 @@ def test_held_out_images(script, small, small_teacher, tmp_path):
     """Their figures come after each epoch, and they are none of those that are trained on."""
     flags = ["--val_fraction", 0.3, "--epochs", 2, "--teacher", small_teacher]
     ran = script("train_distillation.py", *small, *flags)
-    assert ran.code == 0 and all("val loss" in line and "val top-1" in line for line in ran.err.splitlines())
+    epochs = [line for line in ran.err.splitlines() if line.startswith("epoch")]
+    assert ran.code == 0 and len(epochs) == 2 and all("val loss" in line and "val top-1" in line for line in epochs)
     result = json.loads((tmp_path / "results" / "folder" / "distillation_seed0.json").read_text())
     assert (result["data"]["train_images"], result["data"]["val_images"]) == (28, 12)
     root, model = small[3], models.build("student", 4)
@@ -343,8 +344,17 @@ def test_a_teacher_of_other_classes(script, ready, tmp_path):
     refused(script("train_distillation.py", *ready, "--teacher", tmp_path / "other.pth"), "7 classes", "4")
 
 
-def test_weights_are_for_the_teacher(script, small):
-    refused(script("train.py", "--model_job", "student", "--weights", "none", *small), "--weights")
+def test_a_student_starts_from_weights_that_it_is_given(script, small, tmp_path):
+    """From a trained one, whose classifier is not taken; its own default is random weights, as before."""
+    flags = ["train.py", "--model_job", "student", *small, "--epochs", 1, "--learning_rate", 1e-12]
+    assert script(*flags).code == 0
+    trained = tmp_path / "checkpoints" / "folder" / "resnet18.pth"
+    assert script(*flags, "--weights", trained, "--seed", 3, "--name", "warm").code == 0
+    before, after = (
+        torch.load(trained.parent / name, weights_only=True) for name in ("resnet18.pth", "seed3/warm.pth")
+    )
+    torch.testing.assert_close(after["layer4.1.conv1.weight"], before["layer4.1.conv1.weight"])
+    assert not torch.allclose(after["fc.weight"], before["fc.weight"])
 
 
 def test_imagenet_weights_without_a_network(script, small):

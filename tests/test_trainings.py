@@ -70,7 +70,7 @@ def test_milestones_scale(epochs, milestones):
      ("shufflenet_v2_x1_0", 0.01), ("resnet20", 0.05), ("vgg8", 0.05), ("teacher", 0.05)],
 )  # fmt: skip
 def test_mobile_networks_are_trained_more_slowly(network, rate):
-    recipe = recipes.replace(RECIPES["student"], network=network)
+    recipe = recipes.replace(RECIPES["student"], arch=network)
     assert under(recipe, "benchmark").learning_rate == rate
     assert under(recipe, "strong").learning_rate == 0.1
 
@@ -500,7 +500,7 @@ def test_identities_differ_between_trainings(digits, tmp_path):
     assert len({*told, json.dumps(plain)}) == 3
     assert list(plain["recipe"]) == [
         "job", "checkpoint", "network", "epochs", "scheduler_step", "soft", "alpha", "beta", "gamma", "learning_rate",
-        "batch_size",
+        "batch_size", "arch",
     ]  # fmt: skip
     # Plain values, which come back from a file as they were.
     assert all(json.loads(text) == jobs.identity(student(name, epochs=5, batch_size=8, learning_rate=0.1), setup, None)
