@@ -98,14 +98,24 @@ def add_data_flags(parser: Parser) -> None:
     """Flags of every script: what is read, where it is written, what it runs on."""
     group = parser.add_argument_group("data and files")
     group.add_argument("--dataset", choices=data.DATASETS, default="cifar100", help="default: cifar100")
-    group.add_argument("--data_dir", type=path, default=Path("data"), help="where the images are; default: ./data")
     group.add_argument(
-        "--image_size", type=number(COUNT), help="side that images are resized to (folder: 32, tiny_imagenet: 64)"
+        "--data_dir",
+        type=path,
+        default=Path("data"),
+        help="where the images are; of csv and parquet a file, or its folder; default: ./data",
+    )
+    group.add_argument(
+        "--image_size",
+        type=number(COUNT),
+        help="side that images are resized to (folder, csv, parquet: 32, tiny_imagenet: 64)",
     )
     group.add_argument(
         "--stream", action="store_true",
         help="decode image files as they are needed; chosen by itself where they would not fit the memory",
     )  # fmt: skip
+    group.add_argument(
+        "--skip_unreadable", action="store_true", help="leave out image files that can't be read, and say which"
+    )
     group.add_argument(
         "--checkpoint_dir", type=path, help="default: ./checkpoints for cifar100, ./checkpoints/<dataset> else"
     )
@@ -302,7 +312,11 @@ def add_training_flags(parser: Parser) -> None:
     add_training_flag(group)
     add_seed_flag(group)
     group.add_argument("--name", type=run_name, help="of this run's files, so that it stands beside the job's own run")
-    group.add_argument("--augment", action="store_true", help="random crop with padding 4, and horizontal flip")
+    group.add_argument(
+        "--augment",
+        action="store_true",
+        help=f"horizontal flip, and random crop with padding 4; above {data.LARGE} pixels random resized crop",
+    )
     add_val_flag(group)
     add_compile_flag(group)
     add_sync_bn_flag(group)
@@ -471,7 +485,9 @@ def load_data(args: argparse.Namespace, chosen: Runtime, about: dict[str, Any] |
             size = about["image_size"]
             say(f"images are scaled to {size}x{size} pixels, as the checkpoint was trained")
     with chosen.processes.first_on_its_machine():
-        dataset = data.load(args.dataset, args.data_dir, size, args.stream, **known)
+        dataset = data.load(
+            args.dataset, args.data_dir, size, args.stream, skip_unreadable=args.skip_unreadable, **known
+        )
     if about and dataset.image_size != about["image_size"]:
         trained, side = about["image_size"], dataset.image_size
         raise UserError(f"the checkpoint was trained at {trained}x{trained} pixels, {args.dataset} has {side}x{side}")

@@ -583,8 +583,14 @@ class Objective(nn.Module):
             {name: loss.parts(student, teacher, **loss.own(settings)) for name, loss in terms.items() if loss.parts}
         )
         # A feature student has a projector of its own; any other network gets one here.
-        self.projector = None
-        if student and not student.projected and any(loss.projects for loss in terms.values()):
+        self.projector, projects = None, any(loss.projects for loss in terms.values())
+        if projects and student and student.projected and student.projected[0] != teacher.last_map[0]:
+            there, wanted = student.projected[0], teacher.last_map[0]
+            raise UserError(
+                f"the student's projector gives {there} channels, the teacher's map has {wanted}; give --student_arch, "
+                "and the projector will be made for the pair"
+            )
+        if projects and student and not student.projected:
             self.projector = nn.Conv2d(student.last_map[0], teacher.last_map[0], kernel_size=1)
 
     def forward(

@@ -65,9 +65,7 @@ def parse() -> argparse.Namespace:
     cli.add_network_flags(parser)
     cli.add_teacher_statistics_flags(parser)
     parser.add_argument("--augment", action="store_true", help="train the students with random crop and flip")
-    parser.add_argument(
-        "--teacher_augment", action="store_true", help="train the teacher with random crop (padding 4) and flip"
-    )
+    parser.add_argument("--teacher_augment", action="store_true", help="train the teacher with random crop and flip")
     cli.add_val_flag(parser)
     cli.add_teacher_cache_flag(parser)
     cli.add_compile_flag(parser)

@@ -2,7 +2,8 @@
 
 Without augmentation a teacher's outputs for an image never change: one pass over the training images serves all rows,
 seeds and epochs, and is kept on the disk for the next command. With augmentation an image has 162 views (9 x 9 crops,
-flipped or not); the logits of each are computed when it is first seen.
+flipped or not); the logits of each are computed when it is first seen. Of large images, whose crops are resized, no two
+views are alike: the teacher runs at every step.
 """
 
 import hashlib
@@ -98,7 +99,7 @@ class Teacher:
 
     def _view_source(self, batches: Batches, needs: frozenset[str]) -> Source:
         key = batches.fingerprint()
-        if not needs <= {"logits"}:
+        if batches.resizes or not needs <= {"logits"}:  # a resized crop hardly ever comes again
             return self
         # Of several processes each would fill a table with what only the others use.
         alone = self.runtime.processes.size == 1
