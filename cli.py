@@ -18,7 +18,7 @@ import library_models
 import losses
 import models
 from jobs import Setup
-from recipes import RECIPES, Recipe
+from recipes import RECIPES, TRAININGS, Recipe, under
 from teacher import Normalisation
 from util import files, processes, runtime, scalars
 from util.bounds import COUNT, POSITIVE, Bound
@@ -205,7 +205,12 @@ def normalisation(args: argparse.Namespace) -> Normalisation | None:
 
 def teacher_path(args: argparse.Namespace) -> Path:
     """Where the teacher is, unless --teacher tells."""
-    return jobs.checkpoint_path(of_arch(RECIPES["teacher"], args.teacher_arch), checkpoint_dir(args))
+    return jobs.checkpoint_path(chosen_teacher(args), checkpoint_dir(args))
+
+
+def chosen_teacher(args: argparse.Namespace) -> Recipe:
+    """The recipe of the teacher: its row with the network and by the training that the flags ask for."""
+    return under(of_arch(RECIPES["teacher"], args.teacher_arch), args.training)
 
 
 def arch(text: str) -> str:
@@ -222,7 +227,7 @@ def teacher_recipe(args: argparse.Namespace, path: Path) -> Recipe:
         about = checkpoint.read(path, "")[1]
         if about and about["network"] not in models.NETWORKS:
             return of_arch(RECIPES["teacher"], about["network"])
-    return of_arch(RECIPES["teacher"], args.teacher_arch)
+    return chosen_teacher(args)
 
 
 def with_networks(recipe: Recipe, args: argparse.Namespace, teacher: Recipe | None = None) -> Recipe:
@@ -291,6 +296,9 @@ class List(argparse.Action):
             print(f"loss      {name:10} of the teacher: {needs}{learns}{f'; {settings}' if settings else ''}")
         for name in ("constant", *losses.ALPHA_SCHEDULES):
             print(f"schedule  {name}")
+        for name, training in TRAININGS.items():
+            own = f"{training.epochs} epochs" if training.epochs else "each job's own epochs"
+            print(f"training  {name:10} {training.optimiser}, {training.schedule}, {own}")
         for name in models.names():
             print(f"network   {name}")
         print("network   timm:NAME, any of timm's classifiers where timm is installed")
@@ -312,6 +320,7 @@ def add_training_flags(parser: Parser) -> None:
     """Flags that override a recipe's row for one run, its name and its seed."""
     group = parser.add_argument_group("training; without a flag the job's own row of recipes.py holds")
     add_recipe_flags(group, ["epochs", "learning_rate", "batch_size", "scheduler_step"])
+    add_training_flag(group)
     add_seed_flag(group)
     group.add_argument("--name", type=run_name, help="of this run's files, so that it stands beside the job's own run")
     group.add_argument(
@@ -329,6 +338,28 @@ def add_training_flags(parser: Parser) -> None:
         help="go on with an unfinished run, or with a finished one of fewer --epochs; else start it",
     )  # fmt: skip
     group.add_argument("--overwrite", action="store_true", help="start over, and replace what an earlier run left")
+
+
+def add_training_flag(parser: argparse._ActionsContainer) -> None:
+    """The flag of the scripts that train."""
+    parser.add_argument(
+        "--training", choices=TRAININGS, default="reference",
+        help="the reference's (default); benchmark: that of the field's tables for CIFAR-100; strong: for the best "
+        "figures. With another than the reference's, files are named <job>_<training>",
+    )  # fmt: skip
+
+
+def refuse_idle(args: argparse.Namespace) -> None:
+    """Raise UserError for a flag that has no effect with the --training."""
+    training = TRAININGS[args.training]
+    schedules, augments = training.schedule != "step", training.augment
+    for flag, idle, why in (
+        ("scheduler_step", schedules, "has a schedule of its own"),
+        ("augment", augments, "crops and flips by itself"),
+        ("teacher_augment", augments, "crops and flips by itself"),
+    ):
+        if idle and getattr(args, flag, None):
+            raise UserError(f"--{flag}: --training {args.training} {why}; leave the flag away")
 
 
 def _mode(args: argparse.Namespace) -> str:
@@ -389,15 +420,18 @@ def distilled(args: argparse.Namespace, teacher: Recipe) -> Recipe:
     teacher: its recipe. Raises UserError as `override` does.
     """
     if args.loss is None:
-        return with_networks(override(RECIPES[args.model_job or "distillation"], args), args, teacher)
+        return override(with_networks(RECIPES[args.model_job or "distillation"], args, teacher), args)
     if args.model_job:
         raise UserError("--loss and --model_job: a job has its own loss; give one of the two")
     network = "feature_student" if losses.LOSSES[args.loss].projects else "student"
     plain, like = RECIPES["student"], RECIPES["distillation"]
     shape = {"network": network, "epochs": plain.epochs, "scheduler_step": plain.scheduler_step}
-    recipe = override(Recipe(f"--loss {args.loss}", "", soft=args.loss, alpha=like.alpha, **shape), args)
-    name = _name_of(recipe)
-    return with_networks(replace(recipe, job=name, checkpoint=name), args, teacher)
+    named = f"--loss {args.loss}"
+    recipe = Recipe(named, "", soft=args.loss, alpha=like.alpha, **shape)
+    recipe = override(with_networks(recipe, args, teacher), args)
+    # The networks and the training have added to the name that is replaced.
+    name = _name_of(recipe) + recipe.job.removeprefix(named)
+    return replace(recipe, job=name, checkpoint=name)
 
 
 def _name_of(recipe: Recipe) -> str:
@@ -409,10 +443,12 @@ def _name_of(recipe: Recipe) -> str:
 
 
 def override(recipe: Recipe, args: argparse.Namespace) -> Recipe:
-    """The recipe with the flags that were given in place of its own values.
+    """The recipe in the way of --training, with the flags that were given in place of its own values.
 
-    Raises UserError for a flag that would have no effect in this row.
+    Raises UserError for a flag that would have no effect in this row, or with that training.
     """
+    refuse_idle(args)
+    recipe = under(recipe, args.training)
     names = [part.name for part in fields(Recipe) if "bound" in part.metadata]
     given = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
     for name in ("beta", "gamma"):

@@ -2,8 +2,10 @@
 
     python train.py --model_job teacher
     python train.py --model_job student --epochs 50 --learning_rate 0.001 --batch_size 256 --scheduler_step 20
+    python train.py --model_job student --training strong
 
-Writes <checkpoint_dir>/resnet50.pth or resnet18.pth, and the figures into <results_dir>.
+Writes <checkpoint_dir>/resnet50.pth or resnet18.pth, with another --training than the reference's
+<job>_<training>.pth, and the figures into <results_dir>.
 """
 
 import cli
@@ -22,7 +24,7 @@ def main() -> None:
     cli.add_results_flag(parser)
     args = parser.parse_args()
 
-    recipe = cli.with_networks(cli.override(RECIPES[args.model_job], args), args)
+    recipe = cli.override(cli.with_networks(RECIPES[args.model_job], args), args)
     chosen = runtime.choose(args.device, args.precision)
     dataset = cli.load_data(args, chosen)
     jobs.train(recipe, cli.training_setup(args, dataset, chosen, weights=args.weights))
