@@ -210,7 +210,7 @@ def teacher_path(args: argparse.Namespace) -> Path:
 
 def chosen_teacher(args: argparse.Namespace) -> Recipe:
     """The recipe of the teacher: its row with the network and by the training that the flags ask for."""
-    return under(of_arch(RECIPES["teacher"], args.teacher_arch), args.training)
+    return under(of_arch(RECIPES["teacher"], args.teacher_arch), vars(args).get("training", "reference"))
 
 
 def arch(text: str) -> str:
