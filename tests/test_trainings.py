@@ -500,7 +500,7 @@ def test_identities_differ_between_trainings(digits, tmp_path):
     assert len({*told, json.dumps(plain)}) == 3
     assert list(plain["recipe"]) == [
         "job", "checkpoint", "network", "epochs", "scheduler_step", "soft", "alpha", "beta", "gamma", "learning_rate",
-        "batch_size", "arch",
+        "batch_size", "arch", "weight",
     ]  # fmt: skip
     # Plain values, which come back from a file as they were.
     assert all(json.loads(text) == jobs.identity(student(name, epochs=5, batch_size=8, learning_rate=0.1), setup, None)
