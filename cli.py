@@ -18,7 +18,7 @@ import library_models
 import losses
 import models
 from jobs import Setup
-from recipes import RECIPES, Recipe
+from recipes import RECIPES, TRAININGS, Recipe, under
 from teacher import Normalisation
 from util import files, processes, runtime
 from util.bounds import COUNT, POSITIVE, Bound
@@ -273,6 +273,9 @@ class List(argparse.Action):
         for name in models.names():
             print(f"network   {name}")
         print("network   timm:NAME, any of timm's classifiers where timm is installed")
+        for name, training in TRAININGS.items():
+            own = f"{training.epochs} epochs" if training.epochs else "each job's own epochs"
+            print(f"training  {name:10} {training.optimiser}, {training.schedule}, {own}")
         for row in RECIPES.values():
             print(f"job       {row.job:20} {row.network}, {row.epochs} epochs" + f", {row.soft}" * bool(row.soft))
         parser.exit()
@@ -291,6 +294,7 @@ def add_training_flags(parser: Parser) -> None:
     """Flags that override a recipe's row for one run, its name and its seed."""
     group = parser.add_argument_group("training; without a flag the job's own row of recipes.py holds")
     add_recipe_flags(group, ["epochs", "learning_rate", "batch_size", "scheduler_step"])
+    add_training_flag(group)
     add_seed_flag(group)
     group.add_argument("--name", type=run_name, help="of this run's files, so that it stands beside the job's own run")
     group.add_argument("--augment", action="store_true", help="random crop with padding 4, and horizontal flip")
@@ -303,6 +307,28 @@ def add_training_flags(parser: Parser) -> None:
         help="go on with an unfinished run, or with a finished one of fewer --epochs; else start it",
     )  # fmt: skip
     group.add_argument("--overwrite", action="store_true", help="start over, and replace what an earlier run left")
+
+
+def add_training_flag(parser: argparse._ActionsContainer) -> None:
+    """The flag of the scripts that train."""
+    parser.add_argument(
+        "--training", choices=TRAININGS, default="reference",
+        help="the reference's (default); benchmark: that of the field's tables for CIFAR-100; strong: for the best "
+        "figures. With another than the reference's, files are named <job>_<training>",
+    )  # fmt: skip
+
+
+def refuse_idle(args: argparse.Namespace) -> None:
+    """Raise UserError for a flag that has no effect with the --training."""
+    training = TRAININGS[args.training]
+    schedules, augments = training.schedule != "step", training.augment
+    for flag, idle, why in (
+        ("scheduler_step", schedules, "has a schedule of its own"),
+        ("augment", augments, "crops and flips by itself"),
+        ("teacher_augment", augments, "crops and flips by itself"),
+    ):
+        if idle and getattr(args, flag, None):
+            raise UserError(f"--{flag}: --training {args.training} {why}; leave the flag away")
 
 
 def _mode(args: argparse.Namespace) -> str:
@@ -362,7 +388,7 @@ def distilled(args: argparse.Namespace, teacher: Recipe) -> Recipe:
     plain, like = RECIPES["student"], RECIPES["distillation"]
     shape = {"network": network, "epochs": plain.epochs, "scheduler_step": plain.scheduler_step}
     recipe = override(Recipe(f"--loss {args.loss}", "", soft=args.loss, alpha=like.alpha, **shape), args)
-    name = _name_of(recipe)
+    name = _name_of(recipe) + (f"_{args.training}" if args.training != "reference" else "")
     return with_networks(replace(recipe, job=name, checkpoint=name), args, teacher)
 
 
@@ -375,10 +401,12 @@ def _name_of(recipe: Recipe) -> str:
 
 
 def override(recipe: Recipe, args: argparse.Namespace) -> Recipe:
-    """The recipe with the flags that were given in place of its own values.
+    """The recipe in the way of --training, with the flags that were given in place of its own values.
 
-    Raises UserError for a flag that would have no effect in this row.
+    Raises UserError for a flag that would have no effect in this row, or with that training.
     """
+    refuse_idle(args)
+    recipe = under(recipe, args.training)
     names = [part.name for part in fields(Recipe) if "bound" in part.metadata]
     given = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
     for name in ("beta", "gamma"):

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torchvision import datasets
 
+from mixing import Draw, Mixed, Mixing
 from util import cifar, files
 from util.images import (
     TEST,
@@ -154,7 +155,8 @@ class Batch(NamedTuple):
     """index: int64 (B,), which images of the split; images: float32 (B, 3, H, W), channels last; labels: int64 (B,).
 
     host_index: the index once more, on the CPU. epoch: which one the batch is of, from 0. share: how much of the whole
-    batch this is, 1 unless other processes have a part of it.
+    batch this is, 1 unless other processes have a part of it. mixed: the other labels, where each image is a mixture of
+    the one in the index and another; then labels are those of the images with the greater part.
     """
 
     index: torch.Tensor
@@ -163,6 +165,7 @@ class Batch(NamedTuple):
     host_index: torch.Tensor
     epoch: int
     share: float = 1.0
+    mixed: Mixed | None = None
 
 
 def normalise(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
@@ -175,19 +178,21 @@ class Batches:
     """The images of a split on a device, given batch by batch; the last, short batch is kept.
 
     shuffle: in an order that depends on (seed, epoch) alone. augment: a random crop with padding 4 (of black pixels)
-    and a horizontal flip with probability 1/2 for every image, which depend on (seed, epoch, image) alone.
+    and a horizontal flip with probability 1/2 for every image, which depend on (seed, epoch, image) alone. mixing: of
+    the images of each shuffled batch, which depends on (seed, epoch) alone.
     processes: of several, each is given its part of every batch where they are shuffled, for training; where not, for
     testing, whole batches in turn, so that each is computed just as by one process.
     """
 
     def __init__(
         self, split: Split, mean: Statistics, std: Statistics, batch_size: int, device: torch.device,
-        *, shuffle: bool = False, seed: int = 0, augment: bool = False, processes: Processes | None = None,
+        *, shuffle: bool = False, seed: int = 0, augment: bool = False, mixing: Mixing | None = None,
+        processes: Processes | None = None,
     ):  # fmt: skip
         self.split, self.labels = split, split.labels.to(device)
         self.size = split.images.shape[1]
         self.batch_size, self.device, self.processes = batch_size, device, processes or Processes()
-        self.shuffle, self.seed, self.augment = shuffle, seed, augment
+        self.shuffle, self.seed, self.augment, self.mixing = shuffle, seed, augment, mixing
         # On the device from the start: a tensor made from Python's numbers in the step would wait for the device.
         self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
         self.images = None if self.streams else self._padded(split.images.to(device))
@@ -229,7 +234,11 @@ class Batches:
         whole, rank, size = self.order(epoch).split(self.batch_size)[start:], self.processes.rank, self.processes.size
         mine = [batch.tensor_split(size)[rank] for batch in whole] if self.shuffle else whole[rank::size]
         shares = [len(part) / len(batch) for part, batch in zip(mine, whole, strict=False)] if self.shuffle else None
-        return self._give(mine, epoch, shares)
+        if not self.mixing:
+            return self._give(mine, epoch, shares)
+        draws = self.mixing.draw(self.seed, epoch, len(self), self.size)[start:]
+        wider = [_with_the_one_before(batch, rank, size) for batch in whole]
+        return map(_mixed, self._give(wider, epoch, shares), draws)
 
     def of(self, order: torch.Tensor, epoch: int, batch_size: int) -> Iterator[Batch]:
         """Batches of the images with these indices (int64, on the CPU), as they are seen in that epoch."""
@@ -272,6 +281,19 @@ class Batches:
         rows = dy + self.sides
         columns = dx + torch.where(flip.bool(), self.sides.flip(0), self.sides)
         return padded[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def _with_the_one_before(batch: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+    """A process's part of the batch, and in front the element before it; the last one is before the first."""
+    part, before = (indices.tensor_split(size)[rank] for indices in (batch, batch.roll(1)))
+    return torch.cat([before[:1], part])
+
+
+def _mixed(batch: Batch, draw: Draw) -> Batch:
+    """The batch without its first image, each mixed with the one before it."""
+    images, labels, other = draw.mix(batch.images, batch.labels)
+    index, host_index = batch.index[1:], batch.host_index[1:]
+    return batch._replace(index=index, images=images, labels=labels, host_index=host_index, mixed=other)
 
 
 def _generator(seed: int, epoch: int, purpose: int) -> torch.Generator:

@@ -1,8 +1,9 @@
 """The one training loop and the one evaluation. Neither knows which experiment runs."""
 
 import base64
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy
@@ -28,14 +29,32 @@ def step_lr(base: float, epoch: int, step: int) -> float:
     return base * 0.1 ** (epoch // step)
 
 
+def milestone_lr(base: float, epoch: int, milestones: Sequence[int]) -> float:
+    """The learning rate of an epoch, counted from 0: x0.1 at each of the milestones."""
+    return base * 0.1 ** sum(epoch >= milestone for milestone in milestones)
+
+
+def cosine_lr(base: float, step: int, steps: int, warmup: int) -> float:
+    """The learning rate of a step of so many, from 0: up to base in `warmup` equal parts, then a cosine to 0."""
+    if step < warmup:
+        return base * (step + 1) / warmup
+    return base * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+
+
+def adam(parameters: Iterator[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """Adam as PyTorch has it."""
+    return torch.optim.Adam(parameters, fused=True)
+
+
 def fit(
     network: torch.nn.Module,
     batches: Batches,
     objective: torch.nn.Module,
     *,
     alpha: torch.Tensor,
-    learning_rate: Callable[[int], float],
+    learning_rate: Callable[[int, int], float],
     runtime: Runtime,
+    optimiser: Callable[[Iterator[torch.nn.Parameter]], torch.optim.Optimizer] = adam,
     teacher: Callable[[Batch], Outputs] | None = None,
     forward: Callable[[torch.Tensor], Outputs] | None = None,
     validate: Callable[[], Figures] | None = None,
@@ -43,36 +62,38 @@ def fit(
     title: str = "",
     start: int = 0,
 ) -> Iterator[Figures]:
-    """Train the network, and what the objective learns, with Adam; after each epoch, give that epoch's figures.
+    """Train the network, and what the objective learns; after each epoch, give that epoch's figures.
 
-    objective: from the student's outputs, the teacher's, the labels and alpha to named scalars, each a mean over the
-        batch's images; the one named "loss" is minimised. See losses.Objective.
+    objective: from the student's outputs, the teacher's, the labels, alpha and Batch.mixed to named scalars, each a
+        mean over the batch's images; the one named "loss" is minimised. See losses.Objective.
     alpha: the weight of the hard labels at each step, (epochs, iterations per epoch): so many epochs there are.
-    learning_rate: of an epoch, from 0. teacher: its outputs for a batch. forward: the network, compiled.
+    learning_rate: of an epoch and an iteration in it, from 0. optimiser: made for the parameters that are trained.
+    teacher: its outputs for a batch. forward: the network, compiled.
     validate: the network's figures on held-out images, asked for after every epoch and added to the epoch's.
     keeper: keeps the run's state; where it has one, training goes on from it, mid-epoch too. start: the epoch, from 0,
         to begin with where it has none.
     Figures: "epoch" from 1, "train_loss" and each other scalar, as its mean over the epoch's images;
         "train_loss_over_batches", the mean over its batches of each batch's mean loss, in which the images of a short
-        last batch weigh more; "train_top1" in percent; "alpha", the mean over its steps; "learning_rate"; "seconds".
-        Those of epochs done before are in keeper.figures, to which each epoch's are added.
+        last batch weigh more; "train_top1" in percent; "alpha", the mean over its steps; "learning_rate", that of its
+        last step; "seconds". Those of epochs done before are in keeper.figures, to which each epoch's are added.
     Raises Diverged where the loss or a weight is not finite at the end of an epoch; what the keeper raises.
     """
     keeper, processes, forward = keeper or Keeper(), runtime.processes, forward or network
     epochs, mean_alpha, alpha = len(alpha), alpha.mean(1).tolist(), alpha.to(batches.device)
     trained = torch.nn.ModuleList([network, objective])
-    optimiser = torch.optim.Adam(trained.parameters(), lr=learning_rate(start), fused=True)
+    optimiser = optimiser(trained.parameters())
     at = _restore(keeper.state, network, objective, optimiser, runtime) if keeper.state else Position(start)
     for epoch in range(at.epoch, epochs):
         started = time.perf_counter() - at.seconds
         network.train()
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(epoch)
         with _bar(f"{title} {epoch + 1}/{epochs}", batches, at.iteration, processes) as bar:
             for iteration, batch in enumerate(batches.epoch(epoch, at.iteration), at.iteration):
                 with runtime.autocast():
                     student = forward(batch.images)
-                    terms = objective(student, teacher and teacher(batch), batch.labels, alpha[epoch, iteration])
+                    taught = teacher and teacher(batch)
+                    terms = objective(student, taught, batch.labels, alpha[epoch, iteration], batch.mixed)
+                for group in optimiser.param_groups:
+                    group["lr"] = learning_rate(epoch, iteration)
                 optimiser.zero_grad()
                 terms["loss"].backward()
                 processes.average_gradients(trained, batch.share)
@@ -93,7 +114,7 @@ def fit(
             "epoch": epoch + 1,
             **means,
             "alpha": mean_alpha[epoch],
-            "learning_rate": learning_rate(epoch),
+            "learning_rate": learning_rate(epoch, len(batches) - 1),
             "seconds": time.perf_counter() - started,
             **(validate() if validate else {}),
         }

@@ -1,10 +1,11 @@
 """One job: from a recipe to a tested checkpoint and a result. Owns every path, and what "the same run" is."""
 
+import functools
 import math
 import platform
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +20,9 @@ import engine
 import losses
 import models
 from data import Batches, Dataset, Split
+from mixing import Mixing
 from outputs import Outputs
-from recipes import RECIPES, Recipe, described
+from recipes import RECIPES, TRAININGS, Recipe, described, milestones, warmup_epochs
 from report.results import Result, epochs_csv
 from teacher import Normalisation, Teacher
 from util.convolution import Conv3x3
@@ -34,10 +36,10 @@ class Setup:
     """What a job runs in: the data set, the runtime, the folders it writes to, and the choices that no row makes.
 
     seed: of the weights and of the data's order. name: of this run, where it is not to have its job's. augment: random
-    crop and flip of the training images. weights: what the network starts from, see start_of. compile: the network that
-    is trained. stem: of the networks, "small", "standard", or "auto", by the images' size. mode: "new", "resume" or
-    "overwrite", what to do with what an earlier run left. sync_bn: of several processes on CUDA, batch norm takes its
-    statistics over all parts of a batch.
+    crop and flip of the training images, which a recipe's training may have by itself. weights: what the network
+    starts from, see start_of. compile: the network that is trained. stem: of the networks, "small", "standard", or
+    "auto", by the images' size. mode: "new", "resume" or "overwrite", what to do with what an earlier run left.
+    sync_bn: of several processes on CUDA, batch norm takes its statistics over all parts of a batch.
     """
 
     dataset: Dataset
@@ -112,7 +114,7 @@ def identity(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> dict[str,
         "dataset": dataset.name,
         "data": data,
         "seed": setup.seed,
-        "augment": setup.augment,
+        "augment": _augments(recipe, setup),
         "precision": setup.runtime.precision,
         "batch_norm": _batch_norm(setup),
         "recipe": described(replace(recipe, settings=losses.settings_of(recipe))),
@@ -203,8 +205,8 @@ def train(recipe: Recipe, setup: Setup, teacher: Teacher | None = None) -> None:
 
 
 def _begin(keeper: Keeper, mode: str, recipe: Recipe) -> None:
-    """Go on from the run's state, of this run or, which is the same with a constant alpha, of fewer epochs."""
-    keeper.begin(mode, may_differ=() if isinstance(recipe.alpha, str) else ("recipe.epochs",))
+    """Go on from the run's state, of this run or, which is the same where nothing depends on them, of fewer epochs."""
+    keeper.begin(mode, may_differ=() if _scheduled(recipe) else ("recipe.epochs",))
     if keeper.state and (there := keeper.state["identity"]["recipe"]["epochs"]) > recipe.epochs:
         found = f"recipe.epochs: {there} there, {recipe.epochs} now"
         raise UserError(f"{keeper.path} comes from other settings ({found}); give the same, or --overwrite")
@@ -219,7 +221,7 @@ def _write_result(result: Result, there: Paths) -> None:
 def _shorter(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> Result | None:
     """With --resume, the finished run of fewer epochs, and otherwise this very run, that this one trains on from.
 
-    Raises UserError where alpha is scheduled: its values depend on the number of epochs, so such a run is another one.
+    Raises UserError where alpha or the learning rate depends on the number of epochs, so such a run is another one.
     """
     there = paths(recipe, setup)
     if setup.mode != "resume" or not (there.result.exists() and there.checkpoint.exists()):
@@ -227,12 +229,23 @@ def _shorter(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> Result | 
     result, now = Result.read(there.result), identity(recipe, setup, teacher)
     if list(differences(asdict(result), now)) != ["recipe.epochs"] or result.recipe["epochs"] > recipe.epochs:
         return None
-    if isinstance(recipe.alpha, str):
+    if scheduled := _scheduled(recipe):
         raise UserError(
-            f"{there.result} is of {result.recipe['epochs']} epochs, and the alpha of {recipe.job} ({recipe.alpha}) "
-            f"depends on their number: more can't be added; {ADVICE}"
+            f"{there.result} is of {result.recipe['epochs']} epochs, and {scheduled} depends on their number: more "
+            f"can't be added; {ADVICE}"
         )
     return result if result.checkpoint_sha256 == sha256(there.checkpoint) else None
+
+
+def _scheduled(recipe: Recipe) -> str:
+    """What depends on the number of epochs, in words; "" where nothing does."""
+    if isinstance(recipe.alpha, str):
+        return f"the alpha of {recipe.job} ({recipe.alpha})"
+    return "" if TRAININGS[recipe.training].schedule == "step" else f"the learning rate of {recipe.job}"
+
+
+def _augments(recipe: Recipe, setup: Setup) -> bool:
+    return setup.augment or TRAININGS[recipe.training].augment
 
 
 def about(recipe: Recipe, setup: Setup, run: dict[str, Any]) -> dict[str, Any]:
@@ -282,10 +295,11 @@ def _trained(
 ) -> nn.Module:
     """The network after its training, from wherever the keeper's state is; prints a line an epoch."""
     dataset, runtime, processes = setup.dataset, setup.runtime, setup.runtime.processes
-    network = _fresh(recipe, setup, keeper, shorter)
+    network, training = _fresh(recipe, setup, keeper, shorter), TRAININGS[recipe.training]
     batches = Batches(
         dataset.train, dataset.mean, dataset.std, recipe.batch_size, runtime.device,
-        shuffle=True, seed=setup.seed, augment=setup.augment, processes=processes,
+        shuffle=True, seed=setup.seed, augment=_augments(recipe, setup),
+        mixing=Mixing(training.mixup, training.cutmix) if training.mixes else None, processes=processes,
     )  # fmt: skip
     source, objective = aim(recipe, network, teacher, batches)
     if keeper.state:
@@ -299,7 +313,8 @@ def _trained(
             batches,
             objective,
             alpha=losses.alpha_schedule(recipe.alpha, recipe.epochs, len(batches)),
-            learning_rate=lambda epoch: engine.step_lr(recipe.learning_rate, epoch, recipe.scheduler_step),
+            learning_rate=learning_rate(recipe, len(batches)),
+            optimiser=optimiser(recipe),
             runtime=runtime,
             teacher=source,
             forward=forward_of(network, batches, runtime) if setup.compile else network,
@@ -312,6 +327,27 @@ def _trained(
             print(f"Epoch [{figures['epoch']}/{recipe.epochs}], Train Loss: {loss:.8f}", flush=True)
             say(epoch_line(figures, recipe.epochs, len(dataset.train.labels)))
     return network
+
+
+def learning_rate(recipe: Recipe, iterations: int) -> Callable[[int, int], float]:
+    """The learning rate of an epoch and an iteration in it, of so many, both from 0."""
+    base, schedule = recipe.learning_rate, TRAININGS[recipe.training].schedule
+    if schedule == "cosine":
+        steps, warmup = recipe.epochs * iterations, round(warmup_epochs(recipe) * iterations)
+        return lambda epoch, iteration: engine.cosine_lr(base, epoch * iterations + iteration, steps, warmup)
+    if schedule == "milestones":
+        falls = milestones(recipe)
+        return lambda epoch, _: engine.milestone_lr(base, epoch, falls)
+    return lambda epoch, _: engine.step_lr(base, epoch, recipe.scheduler_step)
+
+
+def optimiser(recipe: Recipe) -> Callable[[Iterator[torch.nn.Parameter]], torch.optim.Optimizer]:
+    """What makes the recipe's optimiser for parameters; its learning rate is set at every step."""
+    training = TRAININGS[recipe.training]
+    if training.optimiser == "adam":
+        return engine.adam
+    names = ("momentum", "nesterov", "weight_decay")
+    return functools.partial(torch.optim.SGD, fused=True, **{name: getattr(training, name) for name in names})
 
 
 def _fresh(recipe: Recipe, setup: Setup, keeper: Keeper, shorter: Result | None) -> nn.Module:
@@ -457,7 +493,10 @@ def load(
     """
     script = "train_distillation.py" if recipe.distils else "train.py"
     flags = "" if dataset == "cifar100" else f" --dataset {dataset}"
-    hint = f"make it with: python {script} --model_job {recipe.job}{flags}"
+    job = recipe.job
+    if recipe.training != "reference":
+        job, flags = job.removesuffix(f"_{recipe.training}"), f" --training {recipe.training}{flags}"
+    hint = f"make it with: python {script} --model_job {job}{flags}"
     state, about = checkpoint.read(path, hint, recipe.built)
     if about and recipe.arch and models.canonical(about["network"]) != models.canonical(recipe.arch):
         raise UserError(f"{path} holds a {about['network']}, not the {recipe.arch} needed here")

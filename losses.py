@@ -18,7 +18,7 @@ from torch import nn
 
 from loss_parts import Contrast, Review, VariationalRegressors, hint_regressor, paired_stages
 from outputs import Outputs, Shapes
-from recipes import Recipe
+from recipes import TRAININGS, Recipe
 from util.bounds import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, YES_OR_NO, Bound
 from util.runtime import UserError
 
@@ -43,6 +43,7 @@ class Loss:
     projects: it looks at the student's projected map, which a feature student has.
     parts: (student's shapes, teacher's shapes, **settings) -> what the loss itself learns and remembers. It is trained
         with the student, kept in the state of an unfinished run, and no part of the student's checkpoint.
+    remembers: its parts remember single images, so that it has no use for mixtures of two.
     """
 
     function: Callable[..., torch.Tensor]
@@ -50,6 +51,7 @@ class Loss:
     settings: dict[str, Setting] = field(default_factory=dict)
     projects: bool = False
     parts: Callable[..., nn.Module] | None = None
+    remembers: bool = False
 
     def own(self, settings: dict[str, float]) -> dict[str, float]:
         """Those of the settings that are this loss's."""
@@ -71,9 +73,24 @@ def in_float32(loss: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     return run
 
 
-def cross_entropy(student: Outputs, labels: torch.Tensor) -> torch.Tensor:
-    """CE, the loss of hard labels: the mean over images of -log softmax(student logits)[label], in nats."""
-    return F.cross_entropy(student.logits.float(), labels)
+def cross_entropy(
+    student: Outputs,
+    labels: torch.Tensor,
+    mixed: tuple[torch.Tensor, float] | None = None,
+    smoothing: float = 0.0,
+) -> torch.Tensor:
+    """CE, the loss of hard labels: the mean over images of -log softmax(student logits)[label], in nats.
+
+    mixed: of images that are mixtures of two, the other labels and their part p: then (1 - p) CE(labels) +
+    p CE(others). smoothing s: labels are (1 - s) of themselves and s of all classes alike; Szegedy et al., "Rethinking
+    the Inception Architecture for Computer Vision" (2016), section 7.
+    """
+    logits = student.logits.float()
+    loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+    if mixed is None:
+        return loss
+    others, part = mixed
+    return (1 - part) * loss + part * F.cross_entropy(logits, others, label_smoothing=smoothing)
 
 
 def kd(student: Outputs, teacher: Outputs, labels: torch.Tensor, T: float) -> torch.Tensor:
@@ -504,6 +521,7 @@ LOSSES: dict[str, Loss] = {
             "dimension": Setting(128, COUNT, "of the embeddings"),
         },
         parts=Contrast,
+        remembers=True,
     ),
     "reviewkd": Loss(reviewkd, needs=("stages", "last_map"), parts=Review),
 }
@@ -527,9 +545,15 @@ def needs_of(recipe: Recipe) -> frozenset[str]:
 def settings_of(recipe: Recipe) -> dict[str, float]:
     """The settings of the recipe's terms, the recipe's own or else the default.
 
-    Raises UserError for one that no term has, one that is out of bounds, and a term whose projector the network lacks.
+    Raises UserError for one that no term has, one that is out of bounds, and a term whose projector the network lacks;
+    and for a term that remembers images which the training mixes.
     """
     known = {name: setting for loss in terms_of(recipe).values() for name, setting in loss.settings.items()}
+    if TRAININGS[recipe.training].mixes and any(loss.remembers for loss in terms_of(recipe).values()):
+        raise UserError(
+            f"{recipe.job}: {recipe.soft} remembers single images, and --training {recipe.training} shows mixtures of "
+            "two; take another --training"
+        )
     for name, value in recipe.settings.items():
         if name not in known:
             has = f"it has {', '.join(known)}" if known else "it has no settings"
@@ -551,6 +575,7 @@ class Objective(nn.Module):
         super().__init__()
         terms, settings = terms_of(recipe), settings_of(recipe)
         self.soft, self.beta, self.gamma = recipe.soft, recipe.beta, recipe.gamma
+        self.smoothing = TRAININGS[recipe.training].label_smoothing
         self.terms = {name: (loss.function, loss.own(settings)) for name, loss in terms.items()}
         if student and teacher:
             _refuse_lacking_maps(terms, settings, {"student": student, "teacher": teacher})
@@ -563,13 +588,19 @@ class Objective(nn.Module):
             self.projector = nn.Conv2d(student.last_map[0], teacher.last_map[0], kernel_size=1)
 
     def forward(
-        self, student: Outputs, teacher: Outputs | None, labels: torch.Tensor, alpha: torch.Tensor
+        self,
+        student: Outputs,
+        teacher: Outputs | None,
+        labels: torch.Tensor,
+        alpha: torch.Tensor,
+        mixed: tuple[torch.Tensor, float] | None = None,
     ) -> dict[str, torch.Tensor]:
         """The terms under their names, each a scalar before its weight, and their weighted sum under "loss".
 
-        alpha: a 0-dim tensor. A term that the recipe does not have is not computed.
+        alpha: a 0-dim tensor. A term that the recipe does not have is not computed. mixed: see cross_entropy; the other
+        terms are told the labels alone, of the images that have the greater part.
         """
-        hard = cross_entropy(student, labels)
+        hard = cross_entropy(student, labels, mixed, self.smoothing)
         if self.projector:
             student = student._replace(projected=self.projector(student.last_map))
         values = {name: self._term(name, student, teacher, labels) for name in self.terms}

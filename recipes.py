@@ -1,7 +1,7 @@
-"""The thirteen experiments as data: one row each, nothing else. To add an experiment is to add a row."""
+"""The thirteen experiments as data, one row each, and the ways to train them. To add an experiment is to add a row."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 from util.bounds import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, Bound
@@ -32,6 +32,7 @@ class Recipe:
     alpha: the weight of the hard labels, a number or the name of a schedule in losses.ALPHA_SCHEDULES.
     settings: of the losses, where they are not the losses' own defaults, like {"T": 2.0}, the temperature of KD.
     reference: figures to compare with, where there are any.
+    training: a name in TRAININGS; `under` gives a recipe another than the reference's.
     """
 
     job: str
@@ -48,6 +49,7 @@ class Recipe:
     learning_rate: float = _flag(POSITIVE, default=0.001)
     batch_size: int = _flag(COUNT, default=256)
     arch: str | None = None
+    training: str = "reference"
 
     @property
     def built(self) -> str:
@@ -60,11 +62,105 @@ class Recipe:
         return self.soft is not None or self.beta > 0 or self.gamma > 0
 
 
+@dataclass(frozen=True)
+class Training:
+    """How networks are trained, whatever their loss.
+
+    epochs, batch_size, learning_rate: None is the recipe's own. mobile_learning_rate: that of the networks in MOBILE.
+    optimiser: "adam", or "sgd" with momentum, Nesterov's or plain, and weight_decay of every parameter.
+    schedule: the learning rate's: "step", x0.1 every scheduler_step epochs; "milestones", x0.1 at each of these epochs;
+        "cosine" to 0 after a linear warm-up. Milestones and warm-up are those of so many epochs, and are scaled with
+        the recipe's.
+    label_smoothing: of the hard labels. mixup, cutmix: the parameters of their Beta distributions; each batch is mixed
+        by one of those that are not 0. augment: random crop and flip.
+    """
+
+    optimiser: str
+    schedule: str
+    epochs: int | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    mobile_learning_rate: float | None = None
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    milestones: tuple[int, ...] = ()
+    warmup_epochs: int = 0
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    augment: bool = False
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are shown as mixtures of two."""
+        return self.mixup > 0 or self.cutmix > 0
+
+
+MOBILE = ("mobilenet", "shufflenet")  # how the names of the networks begin that want a smaller learning rate
+
+TRAININGS = {
+    # Of the table of experiments; each row has its own epochs and scheduler_step.
+    "reference": Training("adam", "step"),
+    # Tian, Krishnan, Isola, "Contrastive Representation Distillation" (2020), and its repository RepDistiller, which
+    # mdistiller follows: what the field's tables for CIFAR-100 are measured with. Their code has momentum without
+    # Nesterov's correction.
+    "benchmark": Training(
+        "sgd", "milestones", epochs=240, batch_size=64, learning_rate=0.05, mobile_learning_rate=0.01,
+        momentum=0.9, nesterov=True, weight_decay=5e-4, milestones=(150, 180, 210), augment=True,
+    ),
+    # SGD, epochs, batch and weight decay: DeVries, Taylor, "Improved Regularization of Convolutional Neural Networks
+    # with Cutout" (2017), for a ResNet-18 on CIFAR-100. Cosine, warm-up, label smoothing and mixup's 0.2: He et al.,
+    # "Bag of Tricks for Image Classification" (2019). Cutmix's 1.0: Yun et al., "CutMix" (2019). One of the two for
+    # each batch, at random: torchvision's training reference.
+    "strong": Training(
+        "sgd", "cosine", epochs=200, batch_size=128, learning_rate=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4,
+        warmup_epochs=5, label_smoothing=0.1, mixup=0.2, cutmix=1.0, augment=True,
+    ),
+}  # fmt: skip
+
+
+def under(recipe: Recipe, training: str) -> Recipe:
+    """The recipe trained in the way of that name, with its epochs, batch size and learning rate.
+
+    Such a run is no row's, and its name says so. The learning rate is that of the recipe's network.
+    """
+    if training == recipe.training:
+        return recipe
+    ways, name = TRAININGS[training], f"{recipe.job}_{training}"
+    rate = ways.mobile_learning_rate if recipe.built.startswith(MOBILE) else None
+    sets = {"epochs": ways.epochs, "batch_size": ways.batch_size, "learning_rate": rate or ways.learning_rate}
+    return replace(recipe, job=name, checkpoint=name, training=training, **sets)
+
+
+def milestones(recipe: Recipe) -> list[int]:
+    """The epochs, from 0, before which the learning rate falls: the training's, in proportion to the recipe's own."""
+    training = TRAININGS[recipe.training]
+    return [int(epoch * recipe.epochs / training.epochs + 0.5) for epoch in training.milestones]
+
+
+def warmup_epochs(recipe: Recipe) -> float:
+    """The epochs of the warm-up, in proportion to the recipe's own; parts of one too."""
+    training = TRAININGS[recipe.training]
+    return training.warmup_epochs * recipe.epochs / training.epochs if training.warmup_epochs else 0.0
+
+
 def described(recipe: Recipe) -> dict[str, Any]:
-    """All that the recipe is but its reference, plain values under their names, the losses' settings among them."""
+    """All that the recipe is but its reference, plain values under their names, the losses' settings among them.
+
+    Of another training than the reference's, all that it is made of; the reference's is not named.
+    """
     values = {part.name: getattr(recipe, part.name) for part in fields(Recipe)}
     del values["reference"]
-    return values.pop("settings") | values
+    values = values.pop("settings") | values
+    if recipe.training == "reference":
+        del values["training"]
+        return values
+    del values["scheduler_step"]  # which has no effect
+    training = TRAININGS[recipe.training]
+    names = ["optimiser", "momentum", "nesterov", "weight_decay", "schedule", "label_smoothing", "mixup", "cutmix"]
+    values |= {name: getattr(training, name) for name in names}
+    return values | {"milestones": milestones(recipe), "warmup_epochs": warmup_epochs(recipe)}
 
 
 # fmt: off

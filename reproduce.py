@@ -2,6 +2,7 @@
 
     python reproduce.py --dataset digits --weights none --epochs 3
     python reproduce.py --seeds 0 1 2
+    python reproduce.py --training strong
 
 What is finished is skipped: run it again to go on where it stopped. Writes checkpoints, one JSON a run into
 <results_dir>, and RESULTS.md, results.csv, top1.png and curves.png beside them. The teacher is trained once, with
@@ -15,7 +16,7 @@ import cli
 import jobs
 import report
 from jobs import Setup
-from recipes import EPOCHS, RECIPES, Recipe
+from recipes import EPOCHS, RECIPES, Recipe, under
 from teacher import Teacher
 from util import runtime
 from util.bounds import COUNT, POSITIVE
@@ -26,6 +27,7 @@ FULL_EPOCHS, FULL_STEP = RECIPES["student"].epochs, RECIPES["student"].scheduler
 
 def main() -> None:
     args = parse()
+    cli.refuse_idle(args)
     report.require()
     chosen = runtime.choose(args.device, args.precision)
     dataset = cli.load_data(args, chosen)
@@ -45,7 +47,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=cli.number(cli.SEED), default=[0], help="default: 0")
     parser.add_argument(
         "--epochs", type=cli.number(EPOCHS),
-        help=f"of the rows of {FULL_EPOCHS} epochs; the others, and the scheduler's steps, in proportion",
+        help=f"of the rows of {FULL_EPOCHS} epochs; the others, and the scheduler's steps, in proportion. With another "
+        "--training of all rows",
     )  # fmt: skip
     parser.add_argument(
         "--scheduler_step",
@@ -54,6 +57,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--learning_rate", type=cli.number(POSITIVE))
     parser.add_argument("--batch_size", type=cli.number(COUNT))
+    cli.add_training_flag(parser)
     parser.add_argument(
         "--weights", default="auto",
         help="the teacher's start: imagenet (default, where there are any), none, or a FILE",
@@ -82,15 +86,19 @@ def chosen_row(recipe: Recipe, args: argparse.Namespace) -> Recipe:
 
 
 def scaled(recipe: Recipe, args: argparse.Namespace) -> Recipe:
-    """The recipe with its epochs and its scheduler's step shrunk or stretched as the flags ask."""
+    """The recipe in the way of --training, its epochs and its scheduler's step shrunk or stretched as the flags ask."""
+    given = {"learning_rate": args.learning_rate, "batch_size": args.batch_size}
+    given = {name: value for name, value in given.items() if value}
+    if args.training != "reference":
+        trained = under(recipe, args.training)
+        return replace(trained, epochs=args.epochs or trained.epochs, **given)
     ratio = args.epochs / FULL_EPOCHS if args.epochs else 1
     step_ratio = args.scheduler_step / FULL_STEP if args.scheduler_step else ratio
     return replace(
         recipe,
         epochs=max(1, round(recipe.epochs * ratio)),
         scheduler_step=max(1, round(recipe.scheduler_step * step_ratio)),
-        learning_rate=args.learning_rate or recipe.learning_rate,
-        batch_size=args.batch_size or recipe.batch_size,
+        **given,
     )
 
 
@@ -109,8 +117,8 @@ def run_rows(rows: list[Recipe], setup: Setup, args: argparse.Namespace) -> None
 
 
 def load_teacher(setup: Setup, args: argparse.Namespace, rows: list[Recipe]) -> Teacher:
-    """The teacher in the checkpoint folder, trained here or put there."""
-    recipe = cli.of_arch(RECIPES["teacher"], args.teacher_arch)
+    """The teacher of that training in the checkpoint folder, trained here or put there."""
+    recipe = under(cli.of_arch(RECIPES["teacher"], args.teacher_arch), args.training)
     path = jobs.checkpoint_path(recipe, setup.checkpoint_dir)
     trained = jobs.load(recipe, path, setup.dataset.name, setup.stem, setup.dataset.image_size)
     trained = trained._replace(given=cli.normalisation(args))

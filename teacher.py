@@ -80,9 +80,9 @@ class Teacher:
 
         needs: the outputs that are asked for, by their names in Outputs and of the stages, "stages" meaning each
         of them. What is remembered is shared by all later calls for the same images; of several processes on a machine
-        the first computes it.
+        the first computes it. Of mixed images, which are never seen twice, nothing is.
         """
-        if self.cache_dir is None:
+        if self.cache_dir is None or batches.mixing:
             return self
         if "stages" in needs | self.needs:
             stages = models.shapes(self.network, batches.size, batches.n_images).maps.keys()

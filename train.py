@@ -2,8 +2,10 @@
 
     python train.py --model_job teacher
     python train.py --model_job student --epochs 50 --learning_rate 0.001 --batch_size 256 --scheduler_step 20
+    python train.py --model_job student --training strong
 
-Writes <checkpoint_dir>/resnet50.pth or resnet18.pth, and the figures into <results_dir>.
+Writes <checkpoint_dir>/resnet50.pth or resnet18.pth, with another --training than the reference's
+<job>_<training>.pth, and the figures into <results_dir>.
 """
 
 import cli

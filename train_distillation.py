@@ -3,6 +3,7 @@
     python train_distillation.py --alpha 0.7 --T 2 --epochs 50
     python train_distillation.py --model_job distillation_LDH6
     python train_distillation.py --loss dkd --schedule "per epoch"
+    python train_distillation.py --loss dkd --training benchmark
 
 Writes <checkpoint_dir>/<the recipe's checkpoint>.pth, and the figures into <results_dir>.
 """
@@ -18,7 +19,11 @@ def main() -> None:
     parser.add_argument(
         "--model_job", choices=[j for j, row in RECIPES.items() if row.distils], help="default: distillation"
     )
-    parser.add_argument("--teacher", type=cli.path, help="its checkpoint; default: <checkpoint_dir>/resnet50.pth")
+    parser.add_argument(
+        "--teacher",
+        type=cli.path,
+        help="its checkpoint; default: that of the job teacher, of this --training, in <checkpoint_dir>",
+    )
     cli.add_teacher_cache_flag(parser)
     cli.add_weights_flag(parser, "none")
     cli.add_network_flags(parser)

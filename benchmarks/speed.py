@@ -218,7 +218,7 @@ class Ours(Side):
             batches,
             objective,
             alpha=torch.full((1, len(batches)), 0.7),
-            learning_rate=lambda epoch: 1e-3,
+            learning_rate=lambda epoch, iteration: 1e-3,
             runtime=self.runtime,
             teacher=source,
             forward=forward,

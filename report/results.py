@@ -46,15 +46,19 @@ class _RecipeValues(TypedDict):
     beta: float
     gamma: float
     epochs: int
-    scheduler_step: int
     learning_rate: float
     batch_size: int
 
 
 class RecipeValues(_RecipeValues, total=False):
-    """A recipe's plain values; besides these, the settings of its loss under their own names, like T."""
+    """A recipe's plain values; besides these, the settings of its loss under their own names, like T.
 
+    training: where it is not the reference's; then all that it is made of stands beside it.
+    """
+
+    scheduler_step: int
     arch: str | None
+    training: str
 
 
 class _Epoch(TypedDict):

@@ -40,11 +40,11 @@ class Loss(torch.nn.Module):
         super().__init__()
         self.function = function
 
-    def forward(self, student, teacher, labels, alpha):
+    def forward(self, student, teacher, labels, alpha, mixed):
         return {"loss": self.function(student.logits, labels)}
 
 
-def fit(network, batches, loss=F.cross_entropy, epochs=1, rate=lambda epoch: 0.001, **options):
+def fit(network, batches, loss=F.cross_entropy, epochs=1, rate=lambda epoch, iteration: 0.001, **options):
     options = {"objective": Loss(loss), "alpha": torch.ones(epochs, len(batches)), **options}
     return list(engine.fit(network, batches, learning_rate=rate, runtime=Runtime(CPU, "fp32"), **options))
 
@@ -74,7 +74,7 @@ def test_fit_is_plain_adam(digits):
         losses.append(total / 70)
         over_batches.append(sum(means) / 3)
     alpha = torch.tensor([[0.0, 0.1, 0.5], [1.0, 1.0, 1.0]])
-    given = fit(network, batches, rate=lambda epoch: engine.step_lr(0.001, epoch, 1), alpha=alpha)
+    given = fit(network, batches, rate=lambda epoch, iteration: engine.step_lr(0.001, epoch, 1), alpha=alpha)
     assert [figures["train_loss"] for figures in given] == pytest.approx(losses, rel=1e-3)
     assert [figures["train_loss_over_batches"] for figures in given] == pytest.approx(over_batches, rel=1e-3)
     assert [figures["alpha"] for figures in given] == pytest.approx([0.2, 1.0])
