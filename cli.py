@@ -184,7 +184,8 @@ def normalisation(args: argparse.Namespace) -> Normalisation | None:
 
 def teacher_path(args: argparse.Namespace) -> Path:
     """Where the teacher is, unless --teacher tells."""
-    return jobs.checkpoint_path(of_arch(RECIPES["teacher"], args.teacher_arch), checkpoint_dir(args))
+    teacher = under(of_arch(RECIPES["teacher"], args.teacher_arch), args.training)
+    return jobs.checkpoint_path(teacher, checkpoint_dir(args))
 
 
 def arch(text: str) -> str:
@@ -197,11 +198,12 @@ def arch(text: str) -> str:
 
 def teacher_recipe(args: argparse.Namespace, path: Path) -> Recipe:
     """What the teacher in the file is: the network that was asked for, or else that which the file says it holds."""
-    if args.teacher_arch is None and path.is_file():
+    name = args.teacher_arch
+    if name is None and path.is_file():
         about = checkpoint.read(path, "")[1]
         if about and about["network"] not in models.NETWORKS:
-            return of_arch(RECIPES["teacher"], about["network"])
-    return of_arch(RECIPES["teacher"], args.teacher_arch)
+            name = about["network"]
+    return under(of_arch(RECIPES["teacher"], name), args.training)
 
 
 def with_networks(recipe: Recipe, args: argparse.Namespace, teacher: Recipe | None = None) -> Recipe:
