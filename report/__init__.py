@@ -40,7 +40,7 @@ def write(results_dir: Path, with_claims: bool = False) -> list[Path]:
     suites, others = suite.suites_of(rows), rows.of_no_suite()
     if with_claims and not others:
         raise UserError(
-            f"{results_dir} holds runs of suites alone, which say nothing of the claims; leave --claims away"
+            f"{results_dir} holds runs of suites alone, which tell nothing of the claims; leave --claims off"
         )
     contents = {}
     if others:
