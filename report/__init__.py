@@ -30,7 +30,7 @@ def write(results_dir: Path, with_claims: bool = False) -> list[Path]:
     """Write the tables and the plots beside the runs' JSONs; give their paths.
 
     results.csv: every run. RESULTS.md, top1.png and curves.png: those of no suite, where there are any. Where there are
-    suites SUITE.md, and of each <suite>_cost.png and, where a loss has several schedules, <suite>_schedules.png.
+    suites SUITE.md, and of each <suite>_cost.png or, where losses have several schedules, <suite>_schedules.png.
     with_claims: with what the runs say of each of the reference's claims.
     Raises UserError where there is no run, where some are damaged, where two are not of the same data, or where a
     package is missing.
@@ -50,8 +50,8 @@ def write(results_dir: Path, with_claims: bool = False) -> list[Path]:
         contents |= {"top1.png": plots.top1_plot(others), "curves.png": plots.curves_plot(others)}
     if suites:
         contents["SUITE.md"] = suite.markdown(suites).encode()
-    contents |= {f"{found.name}_cost.png": plots.cost_plot(found) for found in suites}
-    contents |= {f"{found.name}_schedules.png": plots.schedules_plot(found) for found in suites if found.scheduled}
+    for found in suites:
+        contents[found.plot] = plots.schedules_plot(found) if found.scheduled else plots.cost_plot(found)
     with files.replacing_all([results_dir / name for name in contents]) as opened:
         for file, content in zip(opened, contents.values(), strict=True):
             file.write(content)

@@ -25,9 +25,10 @@ LINE_STYLES = ["-", "--", "-.", ":"]
 # Where a point's name may stand, in points of type from the point, the nearest first.
 NAME_OFFSETS = [
     (round(r * math.cos(k * math.pi / 6)), round(r * math.sin(k * math.pi / 6)))
-    for r in (14, 24, 36, 50, 66, 84, 104)
+    for r in (14, 24, 36, 50, 66, 84, 104, 126, 150, 176)
     for k in range(12)
 ]
+NEAR = 24  # so near a name needs no line to its point
 
 LONGEST_NAME = 30  # characters; a longer one would leave no room for the plot
 
@@ -237,11 +238,11 @@ def cost_plot(suite: Suite) -> bytes:
         axes.errorbar(x, y, yerr=suite.noise(name), fmt="o", **look)
     axes.margins(0.12)
     axes.grid(alpha=0.3)
-    axes.set_xlabel("milliseconds a step")
+    axes.set_xlabel("\n".join(["milliseconds a step", *_noise_kinds(suite)]))
     axes.set_ylabel("top-1 on the test images, %")
     axes.set_title(_title(suite, f"Accuracy against cost, {suite.name}"))
-    axes.text(0.99, 0.01, "\n".join(_noise_kinds(suite)), transform=axes.transAxes, ha="right", color="grey")
-    _name_points(figure, axes, [(suite.label(name), point) for name, point in points.items()])
+    marks = [(x, y, suite.noise(name)) for name, (x, y) in points.items()]
+    _name_marks(figure, axes, dict(zip(map(suite.label, points), marks, strict=True)))
     return _png(figure)
 
 
@@ -253,30 +254,30 @@ def _noise_kinds(suite: Suite) -> list[str]:
     return [words for words, there in kinds.items() if there]
 
 
-def _name_points(figure, axes, points: list[tuple[str, tuple[float, float]]]) -> None:
-    """Write each point's name as near to it as it covers no mark and no other name."""
-    from matplotlib.text import Text
+def _name_marks(figure, axes, marks: dict[str, tuple[float, float, float]]) -> None:
+    """Write each mark's name as near to it as it covers no mark, no bar and no other name. marks: x, y, half a bar."""
     from matplotlib.transforms import Bbox
 
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # what is placed by pixels must not be moved afterwards
-    frame = axes.get_window_extent()
-    centres = [axes.transData.transform(point) for _, point in points]
-    taken = [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in centres]
-    taken += [text.get_window_extent() for text in axes.texts]
-    for label, point in points:
+    frame, taken = axes.get_window_extent(), []
+    for x, y, half in marks.values():
+        (left, low), (_, middle), (_, high) = axes.transData.transform([(x, y - half), (x, y), (x, y + half)])
+        taken += [Bbox([[left - 3, low], [left + 3, high]]), Bbox([[left - 7, middle - 7], [left + 7, middle + 7]])]
+    for name, (x, y, _) in marks.items():
         for dx, dy in NAME_OFFSETS:
             side = "left" if dx > 0 else "right" if dx < 0 else "center"
-            line = {"arrowstyle": "-", "color": "grey", "shrinkB": 6} if math.hypot(dx, dy) > 20 else None
-            place = {"xytext": (dx, dy), "textcoords": "offset points", "va": "center", "ha": side}
-            text = axes.annotate(label, point, arrowprops=line, **place)
-            box = Text.get_window_extent(text)  # without its line
+            place = {"xytext": (dx, dy), "textcoords": "offset points"}
+            text = axes.annotate(name, (x, y), va="center", ha=side, **place)
+            box = text.get_window_extent()
             if frame.count_contains(box.corners()) == 4 and not box.count_overlaps(taken):
                 break
             text.remove()
-        else:
-            axes.annotate(label, point, **place)  # where there is no room at all
+        else:  # a plot so full that there is no room at all
+            text = axes.annotate(name, (x, y), va="center", ha=side, **place)
         taken.append(box)
+        if math.hypot(dx, dy) > NEAR:
+            axes.annotate("", (x, y), arrowprops={"arrowstyle": "-", "color": "grey"}, **place)
 
 
 def schedules_plot(suite: Suite) -> bytes:
@@ -292,7 +293,7 @@ def schedules_plot(suite: Suite) -> bytes:
     axes = figure.add_subplot()
     values = [[gains.get(cells.get((loss, alpha)), math.nan) for alpha in alphas] for loss in losses]
     most = max([abs(value) for row in values for value in row if not math.isnan(value)], default=0) or 1
-    image = axes.imshow(values, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
+    image = axes.imshow(values, cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
     for (loss, alpha), name in cells.items():
         text = f"{suite.top1(name):.2f}\n± {suite.noise(name):.2f}" + " (one run)" * (len(suite[name]) == 1)
         dark = abs(gains.get(name, 0)) > 0.6 * most

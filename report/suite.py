@@ -62,6 +62,11 @@ class Suite(Rows):
         losses = dict.fromkeys(filter(None, map(self.loss, self.students)))
         return [loss for loss in losses if len(self.of_loss(loss)) > 1]
 
+    @property
+    def plot(self) -> str:
+        """The file of its plot: losses by schedules, as these cost the same; else accuracy against cost."""
+        return f"{self.name}_{'schedules' if self.scheduled else 'cost'}.png"
+
     def claimed(self, name: str) -> Claimed | None:
         """What a paper says of the row; None where it says nothing, or where its data are others."""
         run = self.first(name)
@@ -98,8 +103,11 @@ def suites_of(rows: Rows) -> list[Suite]:
 
 
 def _in_order(suite: Suite) -> Suite:
-    first = [*(name for name in suite if suite.is_teacher(name)), suite.alone, suite.kd]
-    return Suite({name: suite[name] for name in dict.fromkeys([*filter(None, first), *sorted(suite)])})
+    def place(name: str) -> tuple:
+        alpha, first = suite.alpha(name), (suite.is_teacher(name), name == suite.alone, suite.loss(name) == "kd")
+        return *(not here for here in first), suite.loss(name), isinstance(alpha, str), alpha
+
+    return Suite({name: suite[name] for name in sorted(suite, key=place)})
 
 
 def markdown(suites: Iterable[Suite]) -> str:
@@ -109,9 +117,7 @@ def markdown(suites: Iterable[Suite]) -> str:
 
 def _section(suite: Suite) -> str:
     parts = [f"## {suite.name}", _heading(suite), _table(suite), "\n".join(f"- {note}" for note in _notes(suite))]
-    parts.append(f"![accuracy against cost]({suite.name}_cost.png)")
-    if suite.scheduled:
-        parts.append(f"![losses by schedules of alpha]({suite.name}_schedules.png)")
+    parts.append(f"![{suite.name}]({suite.plot})")
     if suite.are_a_check:
         parts.insert(1, "**This is a check of the pipeline, not a result.**")
     return "\n\n".join(parts)
@@ -138,14 +144,21 @@ def _training(run: Result) -> str:
 
 
 def _table(suite: Suite) -> str:
-    to_alone = _compared(suite, suite.alone, [name for name in suite.students if name != suite.alone])
-    to_kd = _compared(suite, suite.kd, [name for name in suite.students if name not in (suite.alone, suite.kd)])
+    to_alone, to_kd = _compared(suite, suite.alone), _compared(suite, suite.kd)
     lines = [_cells(suite, name, to_alone.get(name), to_kd.get(name)) for name in suite]
     return lines_as_table(lines, always=["loss", "top-1"])
 
 
-def _compared(suite: Suite, baseline: str | None, names: list[str]) -> dict[str, Comparison]:
-    return against(suite, baseline, names) if baseline else {}
+def _compared(suite: Suite, baseline: str | None) -> dict[str, Comparison]:
+    """Each student's row against that one; without those that were trained otherwise, and the student alone."""
+    names = [name for name in suite.students if name not in (baseline, suite.alone)]
+    return against(suite, baseline, [n for n in names if _alike(suite, n, baseline)]) if baseline else {}
+
+
+def _alike(suite: Suite, name: str, other: str) -> bool:
+    """Whether the two rows were trained alike, but for the loss."""
+    ours, theirs = ({_training(run) for run in suite[row].values()} for row in (name, other))
+    return ours == theirs
 
 
 def _cells(suite: Suite, name: str, to_alone: Comparison | None, to_kd: Comparison | None) -> dict[str, str]:
@@ -170,11 +183,11 @@ def _cells(suite: Suite, name: str, to_alone: Comparison | None, to_kd: Comparis
 
 def _is_shorter(suite: Suite, name: str) -> bool:
     claimed = suite.claimed(name)
-    return claimed is not None and suite.first(name).recipe["epochs"] < claimed["epochs"]
+    return claimed is not None and any(run.recipe["epochs"] < claimed["epochs"] for run in suite[name].values())
 
 
 def _epochs(suite: Suite, name: str) -> str:
-    epochs = str(suite.first(name).recipe["epochs"])
+    epochs = ", ".join(dict.fromkeys(str(run.recipe["epochs"]) for run in suite[name].values()))
     return f"{epochs} of {suite.claimed(name)['epochs']}" if _is_shorter(suite, name) else epochs
 
 
@@ -198,21 +211,26 @@ def _notes(suite: Suite) -> list[str]:
             f"**Trained for fewer epochs than what is claimed: {', '.join(shorter)}.** That costs accuracy, and not "
             "each loss the same; such figures do not test the claim."
         )
-    absent = {"the student alone": suite.alone, "kd": suite.kd}
-    notes += [f"Nothing is compared with {words}, which did not run." for words, row in absent.items() if not row]
+    baselines = {"the student alone": suite.alone, "kd": suite.kd}
+    notes += [f"Nothing is compared with {words}, which did not run." for words, row in baselines.items() if not row]
+    for words, row in baselines.items():
+        if others := [suite.label(name) for name in suite.students if row and not _alike(suite, name, row)]:
+            notes.append(f"Not compared with {words}, as they were trained otherwise: {', '.join(others)}.")
     return [
         *notes,
         "ms a step: of each run the median over its epochs; to be trusted where nothing else ran on the device.",
         "parameters of the loss: learnt with the student's and no part of it. What a loss remembers is not counted.",
         "memory: the peak while training; on a GPU what torch allocated, on a CPU all that the process had resident, "
         "images and remembered outputs of the teacher too.",
-        f"Settings: {'; '.join(_settings(suite, name) for name in suite.students if suite.loss(name))}.",
+        f"Settings: {'; '.join(dict.fromkeys(_settings(suite, name) for name in suite.students if suite.loss(name)))}.",
     ]
 
 
 def _settings(suite: Suite, name: str) -> str:
-    recipe = suite.first(name).recipe
-    values = {"alpha": recipe["alpha"], **{key: value for key, value in recipe.items() if key not in NO_SETTINGS}}
+    """The row's loss with its settings, and with alpha where the row's label does not have it."""
+    recipe, loss = suite.first(name).recipe, suite.loss(name)
+    values = {} if loss in suite.scheduled else {"alpha": recipe["alpha"]}
+    values |= {key: value for key, value in recipe.items() if key not in NO_SETTINGS}
     if recipe.get("weight") is not None:
         values["weight"] = recipe["weight"]
-    return f"{suite.loss(name)}: {', '.join(f'{key} {value}' for key, value in values.items())}"
+    return f"{loss} ({', '.join(f'{key} {value}' for key, value in values.items())})" if values else loss
