@@ -110,6 +110,8 @@ SAFETENSORS_TYPES = {
     "C64": torch.complex64,
 }
 
+KEPT = {"network", "classes", "image_size", "mean", "std"}  # of about.json, what every file of this project tells
+
 State = dict[str, torch.Tensor]
 About = dict[str, Any]
 
@@ -159,6 +161,20 @@ def _parsed_about(text: str | bytes) -> About:
     return about
 
 
+def to_metadata(about: About) -> dict[str, str]:
+    """`about` as formats keep metadata, text under names: each value as JSON."""
+    return {key: json.dumps(value, allow_nan=False) for key, value in about.items()}
+
+
+def from_metadata(metadata: dict[str, str]) -> About | None:
+    """What `to_metadata` wrote; None where it did not, as in a file of another program's."""
+    try:
+        about = {key: json.loads(value) for key, value in metadata.items()}
+        return None if KEPT - about.keys() else _parsed_about(json.dumps(about))
+    except (ValueError, TypeError, AttributeError):
+        return None
+
+
 class _Foreign(Exception):
     """The file is whole as far as one can see, but not a checkpoint; says what it is."""
 
@@ -205,7 +221,7 @@ def _parsed(content: bytes, suffix: str) -> tuple[Any, About | None]:
             if re.match(start, content[:512], re.DOTALL | re.IGNORECASE):
                 raise _Foreign(what)
     if _is_safetensors(content, suffix):
-        return _safetensors(content), None
+        return _safetensors(content)
     content, about = _checked(content)
     with torch.serialization.safe_globals(STAND_INS), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, of deprecated types and other protocols: what matters is said here
@@ -331,15 +347,16 @@ def _is_safetensors(content: bytes, suffix: str = "") -> bool:
     return begins or suffix == ".safetensors"
 
 
-def _safetensors(content: bytes) -> State:
+def _safetensors(content: bytes) -> tuple[State, About | None]:
     """The tensors of a safetensors file: a length of 8 bytes, a header in JSON, and the data without gap or overlap.
 
-    Raises _Foreign for a type that torch has not, and anything for what is damaged.
+    And its about.json, where it is one of export.py's. Raises _Foreign for a type that torch has not, and anything for
+    what is damaged.
     """
     length = int.from_bytes(content[:8], "little")
     header, data = content[8 : 8 + length], memoryview(content)[8 + length :]
     entries = json.loads(header.decode())
-    entries.pop("__metadata__", None)
+    about = from_metadata(entries.pop("__metadata__", None))
     state, end = {}, 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
         (begin, stop), shape = entry["data_offsets"], entry["shape"]
@@ -355,7 +372,7 @@ def _safetensors(content: bytes) -> State:
         state[name], end = flat.reshape(shape), stop
     if end != len(data):
         raise ValueError("there is data that belongs to no tensor")
-    return state
+    return state, about
 
 
 def _taken(value: object, path: Path, kind: str | None) -> dict[str, Any]:

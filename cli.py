@@ -20,7 +20,7 @@ import models
 from jobs import Setup
 from recipes import RECIPES, TRAININGS, Recipe, under
 from teacher import Normalisation
-from util import files, processes, runtime
+from util import files, processes, runtime, scalars
 from util.bounds import COUNT, POSITIVE, Bound
 from util.processes import Lost
 from util.runtime import Diverged, Runtime, Stopped, UserError, say
@@ -97,22 +97,27 @@ def run_name(text: str) -> str:
 def add_data_flags(parser: Parser) -> None:
     """Flags of every script: what is read, where it is written, what it runs on."""
     group = parser.add_argument_group("data and files")
-    group.add_argument("--dataset", choices=data.DATASETS, default="cifar100", help="default: cifar100")
-    group.add_argument("--data_dir", type=path, default=Path("data"), help="where the images are; default: ./data")
+    add_checkpoint_dir_flags(group)
     group.add_argument(
-        "--image_size", type=number(COUNT), help="side that images are resized to (folder: 32, tiny_imagenet: 64)"
+        "--data_dir",
+        type=path,
+        default=Path("data"),
+        help="where the images are; of csv and parquet a file, or its folder; default: ./data",
+    )
+    group.add_argument(
+        "--image_size",
+        type=number(COUNT),
+        help="side that images are resized to (folder, csv, parquet: 32, tiny_imagenet: 64)",
     )
     group.add_argument(
         "--stream", action="store_true",
         help="decode image files as they are needed; chosen by itself where they would not fit the memory",
     )  # fmt: skip
     group.add_argument(
-        "--checkpoint_dir", type=path, help="default: ./checkpoints for cifar100, ./checkpoints/<dataset> else"
+        "--skip_unreadable", action="store_true", help="leave out image files that can't be read, and say which"
     )
     group = parser.add_argument_group("hardware")
-    group.add_argument(
-        "--device", type=runtime.device_name, default="auto", help="auto (default), cpu, cuda, or cuda:N"
-    )
+    add_device_flag(group)
     group.add_argument(
         "--precision",
         choices=["auto", "fp32", "bf16"],
@@ -121,8 +126,24 @@ def add_data_flags(parser: Parser) -> None:
     )
 
 
+def add_checkpoint_dir_flags(group: argparse._ActionsContainer) -> None:
+    """The flags that tell where checkpoints are."""
+    group.add_argument("--dataset", choices=data.DATASETS, default="cifar100", help="default: cifar100")
+    group.add_argument(
+        "--checkpoint_dir", type=path, help="default: ./checkpoints for cifar100, ./checkpoints/<dataset> else"
+    )
+
+
+def add_device_flag(group: argparse._ActionsContainer) -> None:
+    """The flag of every script that computes."""
+    group.add_argument(
+        "--device", type=runtime.device_name, default="auto",
+        help="auto (default: the accelerator that torch finds, else the CPU), cpu, cuda, cuda:N, mps, xpu, or xpu:N",
+    )  # fmt: skip
+
+
 def add_results_flag(parser: Parser) -> None:
-    """The flag of the scripts that train."""
+    """The flag of the scripts that write figures."""
     parser.add_argument("--results_dir", type=path, help="default: ./results for cifar100, ./results/<dataset> else")
 
 
@@ -184,8 +205,12 @@ def normalisation(args: argparse.Namespace) -> Normalisation | None:
 
 def teacher_path(args: argparse.Namespace) -> Path:
     """Where the teacher is, unless --teacher tells."""
-    teacher = under(of_arch(RECIPES["teacher"], args.teacher_arch), args.training)
-    return jobs.checkpoint_path(teacher, checkpoint_dir(args))
+    return jobs.checkpoint_path(chosen_teacher(args), checkpoint_dir(args))
+
+
+def chosen_teacher(args: argparse.Namespace) -> Recipe:
+    """The recipe of the teacher: its row with the network and by the training that the flags ask for."""
+    return under(of_arch(RECIPES["teacher"], args.teacher_arch), args.training)
 
 
 def arch(text: str) -> str:
@@ -198,12 +223,11 @@ def arch(text: str) -> str:
 
 def teacher_recipe(args: argparse.Namespace, path: Path) -> Recipe:
     """What the teacher in the file is: the network that was asked for, or else that which the file says it holds."""
-    name = args.teacher_arch
-    if name is None and path.is_file():
+    if args.teacher_arch is None and path.is_file():
         about = checkpoint.read(path, "")[1]
         if about and about["network"] not in models.NETWORKS:
-            name = about["network"]
-    return under(of_arch(RECIPES["teacher"], name), args.training)
+            return of_arch(RECIPES["teacher"], about["network"])
+    return chosen_teacher(args)
 
 
 def with_networks(recipe: Recipe, args: argparse.Namespace, teacher: Recipe | None = None) -> Recipe:
@@ -272,12 +296,12 @@ class List(argparse.Action):
             print(f"loss      {name:10} of the teacher: {needs}{learns}{f'; {settings}' if settings else ''}")
         for name in ("constant", *losses.ALPHA_SCHEDULES):
             print(f"schedule  {name}")
-        for name in models.names():
-            print(f"network   {name}")
-        print("network   timm:NAME, any of timm's classifiers where timm is installed")
         for name, training in TRAININGS.items():
             own = f"{training.epochs} epochs" if training.epochs else "each job's own epochs"
             print(f"training  {name:10} {training.optimiser}, {training.schedule}, {own}")
+        for name in models.names():
+            print(f"network   {name}")
+        print("network   timm:NAME, any of timm's classifiers where timm is installed")
         for row in RECIPES.values():
             print(f"job       {row.job:20} {row.network}, {row.epochs} epochs" + f", {row.soft}" * bool(row.soft))
         parser.exit()
@@ -299,10 +323,15 @@ def add_training_flags(parser: Parser) -> None:
     add_training_flag(group)
     add_seed_flag(group)
     group.add_argument("--name", type=run_name, help="of this run's files, so that it stands beside the job's own run")
-    group.add_argument("--augment", action="store_true", help="random crop with padding 4, and horizontal flip")
+    group.add_argument(
+        "--augment",
+        action="store_true",
+        help=f"horizontal flip, and random crop with padding 4; above {data.LARGE} pixels random resized crop",
+    )
     add_val_flag(group)
     add_compile_flag(group)
     add_sync_bn_flag(group)
+    add_tensorboard_flag(group)
     group = parser.add_argument_group("what an earlier run left").add_mutually_exclusive_group()
     group.add_argument(
         "--resume", action="store_true",
@@ -369,6 +398,14 @@ def add_sync_bn_flag(parser: argparse._ActionsContainer) -> None:
     )  # fmt: skip
 
 
+def add_tensorboard_flag(parser: argparse._ActionsContainer) -> None:
+    """The flag of the scripts that train."""
+    parser.add_argument(
+        "--tensorboard", action="store_true",
+        help="write every epoch's figures for TensorBoard, too, into <results_dir>/tensorboard/<run>",
+    )  # fmt: skip
+
+
 def add_teacher_cache_flag(parser: Parser) -> None:
     """The flag of the scripts that distil."""
     parser.add_argument(
@@ -383,15 +420,18 @@ def distilled(args: argparse.Namespace, teacher: Recipe) -> Recipe:
     teacher: its recipe. Raises UserError as `override` does.
     """
     if args.loss is None:
-        return with_networks(override(RECIPES[args.model_job or "distillation"], args), args, teacher)
+        return override(with_networks(RECIPES[args.model_job or "distillation"], args, teacher), args)
     if args.model_job:
         raise UserError("--loss and --model_job: a job has its own loss; give one of the two")
     network = "feature_student" if losses.LOSSES[args.loss].projects else "student"
     plain, like = RECIPES["student"], RECIPES["distillation"]
     shape = {"network": network, "epochs": plain.epochs, "scheduler_step": plain.scheduler_step}
-    recipe = override(Recipe(f"--loss {args.loss}", "", soft=args.loss, alpha=like.alpha, **shape), args)
-    name = _name_of(recipe) + (f"_{args.training}" if args.training != "reference" else "")
-    return with_networks(replace(recipe, job=name, checkpoint=name), args, teacher)
+    named = f"--loss {args.loss}"
+    recipe = Recipe(named, "", soft=args.loss, alpha=like.alpha, **shape)
+    recipe = override(with_networks(recipe, args, teacher), args)
+    # The networks and the training have added to the name that is replaced.
+    name = _name_of(recipe) + recipe.job.removeprefix(named)
+    return replace(recipe, job=name, checkpoint=name)
 
 
 def _name_of(recipe: Recipe) -> str:
@@ -436,6 +476,33 @@ def _alpha(recipe: Recipe, number: float | None, schedule: str | None) -> dict[s
     return {"alpha": schedule} if schedule not in (None, "constant") else {}
 
 
+def add_trained_flags(parser: Parser, choices: tuple[str, ...]) -> None:
+    """Flags of the scripts that take a trained network: which."""
+    parser.add_argument("--model_job", required=True, help=f"a name that a run was given, or {', '.join(choices)}")
+    parser.add_argument("--checkpoint", type=path, help="its file; default: the job's own in <checkpoint_dir>")
+    add_seed_flag(parser)
+    add_network_flags(parser)
+    add_teacher_statistics_flags(parser)
+
+
+def trained(args: argparse.Namespace, choices: tuple[str, ...]) -> tuple[Recipe, Path, jobs.Trained]:
+    """The run that add_trained_flags ask for, its checkpoint, and the network in it. Raises UserError."""
+    folder = checkpoint_dir(args)
+    recipe = jobs.recipe_named(args.model_job, args.checkpoint or folder, choices, args.seed)
+    teacher = of_arch(RECIPES["teacher"], args.teacher_arch) if recipe.distils else None
+    recipe = with_networks(recipe, args, teacher)
+    file = args.checkpoint or jobs.checkpoint_path(recipe, folder, args.seed)
+    return recipe, file, jobs.load(recipe, file, args.dataset, args.stem, args.image_size)
+
+
+def with_statistics(args: argparse.Namespace, recipe: Recipe, network: jobs.Trained) -> jobs.Trained:
+    """The network, a teacher, with the normalisation that the flags tell. Raises UserError for another network."""
+    given = normalisation(args)
+    if given and recipe.network != "teacher":
+        raise UserError(f"--teacher_mean: {recipe.job} is no teacher; leave the flag away")
+    return network._replace(given=given)
+
+
 def checkpoint_dir(args: argparse.Namespace) -> Path:
     """The folder of the checkpoints, as given or by the data set."""
     return args.checkpoint_dir or _default_dir("checkpoints", args.dataset)
@@ -465,7 +532,9 @@ def load_data(args: argparse.Namespace, chosen: Runtime, about: dict[str, Any] |
             size = about["image_size"]
             say(f"images are scaled to {size}x{size} pixels, as the checkpoint was trained")
     with chosen.processes.first_on_its_machine():
-        dataset = data.load(args.dataset, args.data_dir, size, args.stream, **known)
+        dataset = data.load(
+            args.dataset, args.data_dir, size, args.stream, skip_unreadable=args.skip_unreadable, **known
+        )
     if about and dataset.image_size != about["image_size"]:
         trained, side = about["image_size"], dataset.image_size
         raise UserError(f"the checkpoint was trained at {trained}x{trained} pixels, {args.dataset} has {side}x{side}")
@@ -474,11 +543,14 @@ def load_data(args: argparse.Namespace, chosen: Runtime, about: dict[str, Any] |
 
 def setup(args: argparse.Namespace, dataset: data.Dataset, chosen: Runtime, **choices) -> Setup:
     """What a job runs in; finds out before any training whether it can write what it will make. Raises UserError."""
+    if args.tensorboard:
+        scalars.require()
     files.ensure_writable(checkpoint_dir(args), "--checkpoint_dir")
     files.ensure_writable(results_dir(args), "--results_dir")
     if args.val_fraction:
         dataset = dataset.holding_out(args.val_fraction)
     choices |= {"compile": args.compile == "on", "sync_bn": args.sync_bn == "on", "stem": args.stem}
+    choices |= {"tensorboard": args.tensorboard}
     return Setup(dataset, chosen, checkpoint_dir(args), results_dir(args), **choices)
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,30 +27,34 @@ from mixing import Draw, Mixed, Mixing
 from util import cifar, files
 from util.images import (
     TEST,
-    Files,
+    Found,
     ImageFiles,
     decoded,
     find,
     fingerprint,
     image_digests,
     printable,
-    read_image,
+    readable,
     refuse_unreadable,
     roots,
 )
+from util.listed import find_csv, find_parquet
+from util.packed import Row
 from util.processes import Processes
-from util.runtime import UserError, free_memory, say
+from util.runtime import UserError, free_memory, say, send
 
-_read_image = read_image
-
-DATASETS = ("cifar100", "cifar10", "tiny_imagenet", "folder", "digits")
+DATASETS = ("cifar100", "cifar10", "tiny_imagenet", "folder", "csv", "parquet", "digits")
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation, as torchvision gives them
 DIGITS = Path(__file__).with_name("digits.npz")
 PADDING = 4  # of the random crop, in pixels
 OFFSETS = 2 * PADDING + 1  # of the crop's window, down and across
 VIEWS = OFFSETS * OFFSETS * 2  # and flipped or not
-RESIZED = ("folder", "tiny_imagenet")  # the data sets of image files, which come in any size
+LARGE = 64  # the side above which images are augmented as large ones are: resized crops, not shifted ones
+SCALE, RATIO, TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10  # of torchvision's RandomResizedCrop
+RESIZED = ("folder", "csv", "parquet", "tiny_imagenet")  # the data sets whose images come in any size
+FINDERS = {"folder": find, "csv": find_csv, "parquet": find_parquet}
+UNEQUAL = 3  # times as many training images of one class as of another are told of
 HELD_OUT_SEED = 20  # of its own: the same images are held out whatever a run's seed
 
 Statistics = tuple[float, float, float]  # one value for each of red, green and blue
@@ -177,9 +182,10 @@ def normalise(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> to
 class Batches:
     """The images of a split on a device, given batch by batch; the last, short batch is kept.
 
-    shuffle: in an order that depends on (seed, epoch) alone. augment: a random crop with padding 4 (of black pixels)
-    and a horizontal flip with probability 1/2 for every image, which depend on (seed, epoch, image) alone. mixing: of
-    the images of each shuffled batch, which depends on (seed, epoch) alone.
+    shuffle: in an order that depends on (seed, epoch) alone. augment: a random crop with padding 4 (of black pixels),
+    or of images larger than 64 pixels torchvision's RandomResizedCrop, and a horizontal flip with probability 1/2 for
+    every image, which depend on (seed, epoch, image) alone. mixing: of the images of each shuffled batch, which depends
+    on (seed, epoch) alone.
     processes: of several, each is given its part of every batch where they are shuffled, for training; where not, for
     testing, whole batches in turn, so that each is computed just as by one process.
     """
@@ -195,13 +201,25 @@ class Batches:
         self.shuffle, self.seed, self.augment, self.mixing = shuffle, seed, augment, mixing
         # On the device from the start: a tensor made from Python's numbers in the step would wait for the device.
         self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
-        self.images = None if self.streams else self._padded(split.images.to(device))
+        self.images = self._padded(split.images.to(device)) if self._fits() else None
         self.sides = torch.arange(self.size, device=device)
 
     @property
     def streams(self) -> bool:
         """Whether the images are decoded as they are asked for."""
         return isinstance(self.split.images, ImageFiles)
+
+    @property
+    def resizes(self) -> bool:
+        """Whether augmented images are resized crops, of which there are too many kinds to come again."""
+        return self.augment and self.size > LARGE
+
+    def _fits(self) -> bool:
+        """Whether the images can lie on the device; those in memory that can't are moved there batch by batch."""
+        if self.streams or self.device.type == "cpu":
+            return not self.streams
+        free = free_memory(self.device)  # 0: not known
+        return not 0 < free < 2 * self.split.images.nbytes
 
     @property
     def n_images(self) -> int:
@@ -224,10 +242,16 @@ class Batches:
         return torch.randperm(self.n_images, generator=_generator(self.seed, epoch, 0))
 
     def views(self, epoch: int) -> torch.Tensor:
-        """How each image is seen in that epoch: int64 (N, 3) of crop offsets dy, dx in 0..8, and flip, on the CPU."""
+        """How each image is seen in that epoch: int64 (N, 3) of crop offsets dy, dx in 0..8, and flip, on the CPU.
+
+        Of large images (N, 5): the crop's top, left, height and width, and flip.
+        """
         generator = _generator(self.seed, epoch, 1)
-        offsets = torch.randint(OFFSETS, (self.n_images, 2), generator=generator)
-        return torch.cat([offsets, torch.randint(2, (self.n_images, 1), generator=generator)], dim=1)
+        if self.resizes:
+            crops = _resized_crops(self.n_images, self.size, generator)
+        else:
+            crops = torch.randint(OFFSETS, (self.n_images, 2), generator=generator)
+        return torch.cat([crops, torch.randint(2, (self.n_images, 1), generator=generator)], dim=1)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """This process's batches of an epoch (from 0), from number `start` on, as if those before had been given."""
@@ -249,31 +273,38 @@ class Batches:
             return
         views = self._move(self.views(epoch)) if self.augment else None
         indices = self._move(torch.cat(list(parts))).split([len(part) for part in parts])
-        decoded = self.split.images.read(parts) if self.streams else None
+        fetched = self._fetch(parts) if self.images is None else None
         for number, (host_index, index) in enumerate(zip(parts, indices, strict=True)):
-            if decoded is not None:
-                source, at = self._padded(self._move(next(decoded))), torch.arange(len(index), device=self.device)
+            if fetched is not None:
+                source, at = self._padded(self._move(next(fetched))), torch.arange(len(index), device=self.device)
             else:
                 source, at = self.images, index
-            images = source[at] if views is None else self._crop(source, at, views[index])
+            if views is None:
+                images = source[at]
+            elif self.resizes:
+                images = resized_crop(source[at], views[index])
+            else:
+                images = self._crop(source, at, views[index])
             share = shares[number] if shares else 1.0
             pixels = normalise(images, self.mean, self.std)
             yield Batch(index, pixels, self.labels[index], host_index, epoch, share)
 
+    def _fetch(self, parts: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """The images of each part, on the CPU."""
+        return self.split.images.read(parts) if self.streams else (self.split.images[part] for part in parts)
+
     def view_codes(self, epoch: int) -> torch.Tensor:
-        """`views` as one number an image, int64 (N,) of 0..VIEWS - 1, on the CPU."""
+        """`views` of small images as one number an image, int64 (N,) of 0..VIEWS - 1, on the CPU."""
         dy, dx, flip = self.views(epoch).unbind(1)
         return (dy * OFFSETS + dx) * 2 + flip
 
     def _move(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.device.type == "cuda":
-            return tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor.to(self.device)
+        return send(tensor, self.device)
 
     def _padded(self, images: torch.Tensor) -> torch.Tensor:
         """The images with a black margin on all sides where they are to be cropped."""
         margin = (0, 0, PADDING, PADDING, PADDING, PADDING)
-        return torch.nn.functional.pad(images, margin) if self.augment else images
+        return torch.nn.functional.pad(images, margin) if self.augment and not self.resizes else images
 
     def _crop(self, padded: torch.Tensor, index: torch.Tensor, views: torch.Tensor) -> torch.Tensor:
         """Of the images with these indices, each one's own window, mirrored where its view says so: (B, H, W, 3)."""
@@ -296,6 +327,50 @@ def _mixed(batch: Batch, draw: Draw) -> Batch:
     return batch._replace(index=index, images=images, labels=labels, host_index=host_index, mixed=other)
 
 
+def _resized_crops(n: int, size: int, generator: torch.Generator) -> torch.Tensor:
+    """n random crops of an image of this size, as RandomResizedCrop draws them: int64 (n, 4), top, left, height, width.
+
+    Of TRIES crops the first that fits the image; where none does, the whole image.
+    """
+    areas, ratios = torch.rand(2, n, TRIES, dtype=torch.float64, generator=generator)
+    areas = size**2 * (SCALE[0] + (SCALE[1] - SCALE[0]) * areas)
+    least, most = map(math.log, RATIO)
+    ratios = (least + (most - least) * ratios).exp()
+    sides = torch.stack([(areas / ratios).sqrt(), (areas * ratios).sqrt()], dim=2).round().long()
+    fits = (sides <= size).all(2)
+    first = fits.int().argmax(1)  # of several the first
+    rows = torch.arange(n)
+    sides = torch.where(fits[rows, first, None], sides[rows, first], size)
+    # Whole numbers, so that no rounding can lead out of the image; so few of 2^31 that they stay as likely.
+    corners = torch.randint(1 << 31, (n, 2), generator=generator) % (size - sides + 1)
+    return torch.cat([corners, sides], dim=1)
+
+
+def resized_crop(images: torch.Tensor, views: torch.Tensor) -> torch.Tensor:
+    """Of each image its crop, stretched to the image's size and mirrored where its view says so.
+
+    images: uint8 (B, S, S, 3). views: int64 (B, 5), top, left, height, width, flip. Gives float32 (B, S, S, 3), 0..255.
+    Bilinear; as a crop is never scaled down, antialiasing would change nothing.
+    """
+    size = images.shape[1]
+    top, left, height, width, flip = views.unsqueeze(2).unbind(1)
+    y, x = (_stretched(start, length, size) for start, length in ((top, height), (left, width)))
+    x = torch.where(flip.bool(), x.flip(1), x)
+    grid = torch.stack([x[:, None, :].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size)], dim=3)
+    pixels = torch.nn.functional.grid_sample(images.float().permute(0, 3, 1, 2), grid, align_corners=False)
+    return pixels.permute(0, 2, 3, 1).contiguous()
+
+
+def _stretched(start: torch.Tensor, length: torch.Tensor, size: int) -> torch.Tensor:
+    """Where along its side each of `size` pixels is taken from, (B, size), as grid_sample counts, -1 to 1.
+
+    start, length: of the crop, (B, 1). Nothing is taken from beyond the crop's own outermost pixels.
+    """
+    centres = (torch.arange(size, device=start.device) + 0.5) * (length / size) - 0.5
+    at = start + torch.minimum(centres.clamp(min=0), length - 1)
+    return (2 * at + 1) / size - 1
+
+
 def _generator(seed: int, epoch: int, purpose: int) -> torch.Generator:
     """A generator on the CPU, so that all devices see the same order; SeedSequence mixes its numbers well."""
     state = np.random.SeedSequence([seed, epoch, purpose]).generate_state(2, np.uint32)
@@ -313,11 +388,13 @@ class TrainedWith(NamedTuple):
 def load(
     name: str, data_dir: str | Path = "data", image_size: int | None = None, stream: bool = False,
     classes: tuple[str, ...] | None = None, mean: Statistics | None = None, std: Statistics | None = None,
+    *, skip_unreadable: bool = False,
 ) -> Dataset:  # fmt: skip
     """The data set of that name, one of DATASETS, read from data_dir.
 
-    image_size: the side that images are resized to; for "folder" (32 if None) and "tiny_imagenet" (64 if None) alone.
-    stream: leave these two on the disk and decode their images as they are asked for; done unasked, and said, where
+    image_size: the side that images are resized to, 32 if None, of "tiny_imagenet" 64; for those of RESIZED alone.
+    skip_unreadable: leave out images of these that can't be read, and say so.
+    stream: leave these on the disk and decode their images as they are asked for; done unasked, and said, where
     the decoded images would take more than half of the memory that is free.
     classes, mean, std: those of a network to be tested, all or none: labels are numbered by these classes, and train is
     None where its images are missing or are of other classes, too.
@@ -333,10 +410,14 @@ def load(
     if stream and name not in RESIZED:
         raise UserError(f"--stream: {name} comes in one piece, not as image files; leave the flag away")
     trained = TrainedWith(tuple(classes), tuple(mean), tuple(std)) if classes and mean and std else None
-    if name == "folder":
-        return _images(name, *find(data_dir, TEST, trained and trained.classes), image_size or 32, stream, trained)
-    if name == "tiny_imagenet":
-        return _tiny_imagenet(data_dir, image_size or 64, stream, trained)
+    if skip_unreadable and name not in RESIZED:
+        raise UserError(f"--skip_unreadable: {name} comes whole or not at all; leave the flag away")
+    if name in RESIZED:
+        found = (
+            _tiny_imagenet(data_dir, trained) if name == "tiny_imagenet" else FINDERS[name](data_dir, classes=classes)
+        )
+        size = image_size or (64 if name == "tiny_imagenet" else 32)
+        return _images(name, readable(found, size) if skip_unreadable else found, size, stream, trained)
     dataset = _digits() if name == "digits" else _cifar(name, data_dir)
     return _as_trained(dataset, trained) if trained else dataset
 
@@ -373,7 +454,10 @@ def _dataset(name: str, train: Split, test: Split, classes: tuple[str, ...]) -> 
 
 def _value_counts(images: torch.Tensor) -> torch.Tensor:
     """How often each pixel value occurs in each channel of uint8 (B, H, W, 3): int64 (3, 256)."""
-    return torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(3)])
+    parts = images.split(1000)  # to need no copy of all
+    return sum(
+        torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in part.unbind(3)]) for part in parts
+    )
 
 
 def _statistics(counts: torch.Tensor) -> tuple[Statistics, Statistics]:
@@ -423,42 +507,57 @@ def _download_cifar(name: str, data_dir: Path) -> None:
         ) from None
 
 
-def _tiny_imagenet(data_dir: Path, size: int, stream: bool, trained: TrainedWith | None) -> Dataset:
+def _tiny_imagenet(data_dir: Path, trained: TrainedWith | None) -> Found:
     """Its labelled validation images are the test images; those in test/ have no labels."""
     root = data_dir / "tiny-imagenet-200"
     root = root if root.is_dir() else data_dir
     if not roots(root) and not trained:
         raise UserError(f"{data_dir} holds no tiny-imagenet-200 folder; unpack tiny-imagenet-200.zip there")
-    found = find(root, ("val", *(name for name in TEST if name != "val")), trained and trained.classes)
-    return _images("tiny_imagenet", *found, size, stream, trained)
+    return find(root, ("val", *(name for name in TEST if name != "val")), trained and trained.classes)
 
 
-def _images(name: str, root: Path, listing: Files, size: int, stream: bool, trained: TrainedWith | None) -> Dataset:
+def _images(name: str, found: Found, size: int, stream: bool, trained: TrainedWith | None) -> Dataset:
     """The data set of these image files, decoded or, to stream or where that would not fit the memory, not."""
-    own = tuple(sorted({label for found in listing.values() for _, label in found}))
+    listing = found.files
+    own = found.classes or tuple(sorted({label for images in listing.values() for _, label in images}))
     classes = trained.classes if trained else own
     if len(classes) < 2:
-        raise UserError(f"{printable(root)} has one class alone, {own[0]}; to tell apart there must be two at least")
+        raise UserError(
+            f"{printable(found.root)} has one class alone, {own[0]}; to tell apart there must be two at least"
+        )
     number = {label: index for index, label in enumerate(classes)}
     if any(label not in number for _, label in listing.get("train", ())):  # another data set's, to test on alone
         listing = {"test": listing["test"]}
-    labels = {part: torch.tensor([number[label] for _, label in found]) for part, found in listing.items()}
+        found = found._replace(files=listing)
+    labels = {part: torch.tensor([number[label] for _, label in images]) for part, images in listing.items()}
+    if not trained:
+        _say_unequal(labels["train"], classes)
     needed, there = size * size * 3 * sum(map(len, listing.values())), free_memory(torch.device("cpu"))
     if not stream and 0 < there < 2 * needed:
         stream = True
         say(f"streaming: decoded, the images would take {needed / 1e9:.1f} GB, of memory {there / 1e9:.1f} GB are free")
     if stream:
-        paths = {part: [path for path, _ in found] for part, found in listing.items()}
-        key = hashlib.sha256(fingerprint(root, listing, size).encode() + b"".join(x.numpy() for x in labels.values()))
-        measured = _measured(paths, labels, size, root / f".statistics_{size}.json", key.hexdigest())
+        paths = {part: [path for path, _ in images] for part, images in listing.items()}
+        key = hashlib.sha256(fingerprint(found, size).encode() + b"".join(x.numpy() for x in labels.values()))
+        measured = _measured(paths, labels, size, found.kept(f"statistics_{size}.json"), key.hexdigest())
         images = {part: ImageFiles(paths[part], size, measured.digests[part]) for part in listing}
         mean, std, fingerprints = measured.mean, measured.std, measured.fingerprints
     else:
-        images = {part: torch.from_numpy(array) for part, array in decoded(root, listing, size).items()}
+        images = {part: torch.from_numpy(array) for part, array in decoded(found, size).items()}
         (mean, std), fingerprints = trained[1:] if trained else _statistics(_value_counts(images["train"])), None
     splits = {part: Split(images[part], labels[part]) for part in listing}
     dataset = Dataset(name, splits.get("train"), splits["test"], classes, mean, std, measured=fingerprints)
     return dataclasses.replace(dataset, mean=trained.mean, std=trained.std) if trained else dataset
+
+
+def _say_unequal(labels: torch.Tensor, classes: tuple[str, ...]) -> None:
+    """A line where some class has few training images beside another."""
+    counts = labels.bincount(minlength=len(classes))
+    least, most = int(counts.argmin()), int(counts.argmax())
+    if counts[most] > UNEQUAL * counts[least]:
+        say(
+            f"unequal classes: train has {counts[least]:,} of {classes[least]}, but {counts[most]:,} of {classes[most]}"
+        )
 
 
 class Measured(NamedTuple):
@@ -471,7 +570,7 @@ class Measured(NamedTuple):
 
 
 def _measured(
-    paths: dict[str, list[Path]], labels: dict[str, torch.Tensor], size: int, path: Path, key: str
+    paths: dict[str, list[Path | Row]], labels: dict[str, torch.Tensor], size: int, path: Path, key: str
 ) -> Measured:
     """From one pass over the files, or as kept in `path` since the last one, where nothing changed."""
     measured = _read_measured(path, key)

@@ -1,6 +1,7 @@
 """The one training loop and the one evaluation. Neither knows which experiment runs."""
 
 import base64
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ from models import folded
 from outputs import Outputs
 from util.processes import Processes
 from util.runstate import Keeper, State
-from util.runtime import Diverged, Runtime
+from util.runtime import Diverged, Runtime, has_fused, widest
 
 TEST_LOSS_BATCH = 256  # Test Loss is defined over batches of this many images
 
@@ -41,9 +42,15 @@ def cosine_lr(base: float, step: int, steps: int, warmup: int) -> float:
     return base * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
 
-def adam(parameters: Iterator[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """Adam as PyTorch has it."""
-    return torch.optim.Adam(parameters, fused=True)
+def optimise(
+    kind: type[torch.optim.Optimizer], parameters: Iterator[torch.nn.Parameter], **options: float
+) -> torch.optim.Optimizer:
+    """An optimiser of that kind for the parameters, with its whole step in one piece where their device can do that."""
+    parameters = list(parameters)
+    return kind(parameters, fused=has_fused(kind, parameters[0].device), **options)
+
+
+adam = functools.partial(optimise, torch.optim.Adam)
 
 
 def fit(
@@ -80,7 +87,7 @@ def fit(
     """
     keeper, processes, forward = keeper or Keeper(), runtime.processes, forward or network
     epochs, mean_alpha, alpha = len(alpha), alpha.mean(1).tolist(), alpha.to(batches.device)
-    trained = torch.nn.ModuleList([network, objective])
+    trained, wide = torch.nn.ModuleList([network, objective]), widest(runtime.device)
     optimiser = optimiser(trained.parameters())
     at = _restore(keeper.state, network, objective, optimiser, runtime) if keeper.state else Position(start)
     for epoch in range(at.epoch, epochs):
@@ -99,7 +106,7 @@ def fit(
                 processes.average_gradients(trained, batch.share)
                 optimiser.step()
 
-                terms["train_top1"] = 100 * (student.logits.argmax(1) == batch.labels).double().mean()
+                terms["train_top1"] = 100 * (student.logits.argmax(1) == batch.labels).to(wide).mean()
                 at.add(terms, len(batch.labels), batch.share / len(batches))
                 bar.update(min(batches.batch_size, batches.n_images - bar.n))
                 if keeper.due():
@@ -136,7 +143,8 @@ class Position:
     """Where a run is: the epoch, the iterations of it that are done, the seconds they took, the sums of its figures.
 
     totals: of each scalar over the images so far; over_batches: the loss over the batches so far, each divided by their
-    number. Both are summed on the device and read once an epoch: the step never waits for it.
+    number. Both are summed in float64 and read once an epoch: the step never waits for the device. waiting: the steps
+    that are not in the sums yet, where the device has no float64: these are summed on the CPU, when they are asked for.
     """
 
     epoch: int = 0
@@ -144,12 +152,27 @@ class Position:
     seconds: float = 0.0
     totals: Terms = field(default_factory=dict)
     over_batches: torch.Tensor | float = 0.0
+    waiting: list[tuple[Terms, int, float]] = field(default_factory=list)
 
     def add(self, terms: Terms, images: int, share: float) -> None:
         """Add a step's scalars, means over so many images, which are this share of the epoch's batches."""
+        terms = {name: value.detach() for name, value in terms.items()}
+        if widest(terms["loss"].device) == torch.float64:
+            self._sum(terms, images, share)
+        else:
+            self.waiting.append((terms, images, share))
+
+    def _sum(self, terms: Terms, images: int, share: float) -> None:
         for name, value in terms.items():
-            self.totals[name] = self.totals.get(name, 0) + value.detach().double() * images
-        self.over_batches = self.over_batches + terms["loss"].detach().double() * share
+            self.totals[name] = self.totals.get(name, 0) + value.double() * images
+        self.over_batches = self.over_batches + terms["loss"].double() * share
+
+    def _settle(self) -> None:
+        """Sum up the steps that wait."""
+        waiting, self.waiting = self.waiting, []
+        for terms, images, share in waiting:
+            values = torch.stack([*terms.values()]).cpu()
+            self._sum(dict(zip(terms, values, strict=True)), images, share)
 
     def means(self, images: int, processes: Processes) -> Figures:
         """The epoch's means, over all processes and so many images."""
@@ -159,6 +182,7 @@ class Position:
 
     def over_all(self, processes: Processes) -> "Position":
         """The same with the sums of all processes."""
+        self._settle()
         if not self.totals:
             return self
         values = torch.stack([*self.totals.values(), self.over_batches])
@@ -208,8 +232,9 @@ def _restore(
     at = Position(**state["position"])
     # The sums are of all processes, so one alone goes on with them.
     mine = float(runtime.processes.main)
-    at.totals = {name: total.to(runtime.device) * mine for name, total in at.totals.items()}
-    at.over_batches = torch.as_tensor(at.over_batches, dtype=torch.float64, device=runtime.device) * mine
+    where = runtime.device if widest(runtime.device) == torch.float64 else "cpu"
+    at.totals = {name: total.to(where) * mine for name, total in at.totals.items()}
+    at.over_batches = torch.as_tensor(at.over_batches, dtype=torch.float64, device=where) * mine
     return at
 
 
@@ -230,15 +255,16 @@ def evaluate(network: torch.nn.Module, batches: Batches, runtime: Runtime) -> Fi
     network = folded(network).to(runtime.device)
     # For each image its cross-entropy, and whether its class is the best and among the best five. Each process fills in
     # those of its own batches; the sum over the processes only adds zeros to them.
-    figures = torch.zeros(batches.n_images, 3, dtype=torch.float64, device=runtime.device)
+    wide = widest(runtime.device)
+    figures = torch.zeros(batches.n_images, 3, dtype=wide, device=runtime.device)
     with torch.inference_mode(), runtime.autocast():
         for batch in batches.epoch(0):
             logits = network(batch.images).logits
             hits = logits.topk(min(5, logits.shape[1])).indices == batch.labels.unsqueeze(1)
             losses = F.cross_entropy(logits, batch.labels, reduction="none")
-            figures[batch.index] = torch.stack([losses, hits[:, 0], hits.any(1)], dim=1).double()
+            figures[batch.index] = torch.stack([losses, hits[:, 0], hits.any(1)], dim=1).to(wide)
     runtime.processes.all_reduce_sum(figures)
-    per_image, top1, top5 = figures.cpu().unbind(1)
+    per_image, top1, top5 = figures.cpu().double().unbind(1)
     return {
         "top1": 100 * top1.mean().item(),
         "top5": 100 * top5.mean().item(),

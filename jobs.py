@@ -6,6 +6,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +39,7 @@ from util.runtime import (
     peak_memory,
     say,
 )
+from util.scalars import Scalars
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,11 @@ class Setup:
     """What a job runs in: the data set, the runtime, the folders it writes to, and the choices that no row makes.
 
     seed: of the weights and of the data's order. name: of this run, where it is not to have its job's. augment: random
-    crop and flip of the training images, which a recipe's training may have by itself. weights: what the network
-    starts from, see start_of. compile: the network that is trained. stem: of the networks, "small", "standard", or
-    "auto", by the images' size. mode: "new", "resume" or "overwrite", what to do with what an earlier run left.
-    sync_bn: of several processes on CUDA, batch norm takes its statistics over all parts of a batch.
+    crop and flip of the training images, which a recipe's training may have by itself. weights: what the network starts
+    from, see start_of. compile: the network that is trained. stem: of the networks, "small", "standard", or "auto", by
+    the images' size. mode: "new", "resume" or "overwrite", what to do with what an earlier run left. sync_bn: of
+    several processes on CUDA, batch norm takes its statistics over all parts of a batch. tensorboard:
+    write the figures for it, too.
     """
 
     dataset: Dataset
@@ -63,6 +66,7 @@ class Setup:
     stem: str = "auto"
     mode: str = "new"
     sync_bn: bool = True
+    tensorboard: bool = False
 
 
 class Paths(NamedTuple):
@@ -76,6 +80,11 @@ class Paths(NamedTuple):
     def epochs(self) -> Path:
         """The figures of each epoch, as CSV."""
         return self.result.with_suffix(".csv")
+
+    @property
+    def scalars(self) -> Path:
+        """The folder of the figures for TensorBoard."""
+        return self.result.parent / "tensorboard" / self.result.stem
 
 
 class Trained(NamedTuple):
@@ -196,21 +205,49 @@ def train(recipe: Recipe, setup: Setup, teacher: Teacher | None = None) -> None:
         if done:
             say(f"{there.result.stem}: finished already, see {there.result}; --overwrite trains it anew")
             print_figures(done.test)
+            show(done, there, setup)
             return
         _begin(keeper, setup.mode, recipe)
-        try:
-            network, costs = _trained(recipe, setup, teacher, keeper, shorter)
-            figures = evaluate(network, setup.dataset, plain(setup.runtime))
-            if not math.isfinite(figures["mean_ce"]):  # the last step alone spoilt it
-                raise Diverged(f"training diverged: the Test Loss is {figures['test_loss']}")
-        except Diverged:
-            keeper.finish()  # such a run can't go on
-            raise
-        print_figures(figures)
+        with closing(_scalars(there, setup)) as scalars:
+            try:
+                network, costs = _trained(recipe, setup, teacher, keeper, shorter, scalars)
+                figures = evaluate(network, setup.dataset, plain(setup.runtime))
+                if not math.isfinite(figures["mean_ce"]):  # the last step alone spoilt it
+                    raise Diverged(f"training diverged: the Test Loss is {figures['test_loss']}")
+            except Diverged:
+                keeper.finish()  # such a run can't go on
+                raise
+            print_figures(figures)
+            scalars.add(recipe.epochs, _of_test(figures))
         with keeper.finishing():
             if processes.main:
                 checkpoint.save(network, there.checkpoint, about(recipe, setup, run))
                 _write_result(_result(recipe, setup, teacher, run, keeper.figures, figures, costs), there)
+
+
+def show(done: Result, there: Paths, setup: Setup) -> None:
+    """Write the figures of a finished run for TensorBoard, where that is asked for."""
+    with closing(_scalars(there, setup)) as scalars:
+        for figures in done.epochs:
+            scalars.add(figures["epoch"], _of_epoch(figures, done.data["train_images"]))
+        scalars.add(len(done.epochs), _of_test(done.test))
+
+
+def _scalars(there: Paths, setup: Setup) -> Scalars:
+    return Scalars(there.scalars if setup.tensorboard and setup.runtime.processes.main else None)
+
+
+def _of_epoch(figures: engine.Figures, images: int) -> engine.Figures:
+    """An epoch's figures under TensorBoard's names, which are their own but for the loss."""
+    shown = {"loss" if name == "train_loss" else name: value for name, value in figures.items()}
+    del shown["epoch"]
+    seconds = shown.pop("seconds", None)  # which an older result does not tell
+    return shown | ({"images_per_second": images / seconds} if seconds else {})
+
+
+def _of_test(figures: engine.Figures) -> engine.Figures:
+    """The figures of the test, as far as they are curves' ends."""
+    return {name if name == "test_loss" else f"test_{name}": figures[name] for name in ("top1", "top5", "test_loss")}
 
 
 def _begin(keeper: Keeper, mode: str, recipe: Recipe) -> None:
@@ -304,7 +341,7 @@ def _result(
 
 
 def _trained(
-    recipe: Recipe, setup: Setup, teacher: Teacher | None, keeper: Keeper, shorter: Result | None
+    recipe: Recipe, setup: Setup, teacher: Teacher | None, keeper: Keeper, shorter: Result | None, scalars: Scalars
 ) -> tuple[nn.Module, dict[str, int]]:
     """The network after its training, and its costs by their names in Result; prints a line an epoch.
 
@@ -324,6 +361,9 @@ def _trained(
         say(f"{recipe.job}: going on after {at['epoch']} epochs and {at['iteration']} batches")
     elif shorter:
         keeper.figures.extend(shorter.epochs)
+    images = len(dataset.train.labels)
+    for figures in keeper.figures:
+        scalars.add(figures["epoch"], _of_epoch(figures, images))
     with keeper.listening():
         for figures in engine.fit(
             network,
@@ -342,7 +382,8 @@ def _trained(
         ):
             loss = figures["train_loss_over_batches"]
             print(f"Epoch [{figures['epoch']}/{recipe.epochs}], Train Loss: {loss:.8f}", flush=True)
-            say(epoch_line(figures, recipe.epochs, len(dataset.train.labels)))
+            say(epoch_line(figures, recipe.epochs, images))
+            scalars.add(figures["epoch"], _of_epoch(figures, images))
     return network, {"extra_parameters": _learnt(objective, network), "peak_memory": peak_memory(runtime.device)}
 
 
@@ -370,7 +411,8 @@ def optimiser(recipe: Recipe) -> Callable[[Iterator[torch.nn.Parameter]], torch.
     if training.optimiser == "adam":
         return engine.adam
     names = ("momentum", "nesterov", "weight_decay")
-    return functools.partial(torch.optim.SGD, fused=True, **{name: getattr(training, name) for name in names})
+    options = {name: getattr(training, name) for name in names}
+    return functools.partial(engine.optimise, torch.optim.SGD, **options)
 
 
 def _fresh(recipe: Recipe, setup: Setup, keeper: Keeper, shorter: Result | None) -> nn.Module:
@@ -390,7 +432,7 @@ def _fresh(recipe: Recipe, setup: Setup, keeper: Keeper, shorter: Result | None)
     if _batch_norm(setup) == "whole batch" and processes.size > 1:
         network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
     elif processes.size > 1 and setup.sync_bn:
-        say("batch norm: on a CPU each process normalises its own part of a batch; SyncBatchNorm needs CUDA")
+        say("batch norm: without CUDA each process normalises its own part of a batch; SyncBatchNorm needs it")
     return network.to(runtime.device, memory_format=torch.channels_last)
 
 

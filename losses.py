@@ -20,7 +20,7 @@ from loss_parts import Contrast, Review, VariationalRegressors, hint_regressor, 
 from outputs import Outputs, Shapes
 from recipes import TRAININGS, Recipe
 from util.bounds import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, YES_OR_NO, Bound
-from util.runtime import UserError
+from util.runtime import UserError, widest
 
 
 class Setting(NamedTuple):
@@ -313,10 +313,10 @@ def rkd(
 
 def _distances(x: torch.Tensor) -> torch.Tensor:
     """Of each pair of rows, divided by the mean of those above 0."""
-    x = x.double()  # else rounding would set equal rows apart
+    x = x.to(widest(x.device))  # in float64, or rounding would set rows apart that are nearly equal
     products = (x - x.mean(0)) @ (x - x.mean(0)).T
     squares = products.diag() + products.diag().unsqueeze(1) - 2 * products
-    apart = squares > 1e-12 * squares.mean()
+    apart = squares > (1e-12 if x.dtype == torch.float64 else 1e-5) * squares.mean()
     d = torch.where(apart, torch.where(apart, squares, 1).sqrt(), 0)
     mean = d.sum() / apart.sum().clamp(min=1)
     return (d / mean.clamp(min=1e-12)).float()
@@ -583,8 +583,14 @@ class Objective(nn.Module):
             {name: loss.parts(student, teacher, **loss.own(settings)) for name, loss in terms.items() if loss.parts}
         )
         # A feature student has a projector of its own; any other network gets one here.
-        self.projector = None
-        if student and not student.projected and any(loss.projects for loss in terms.values()):
+        self.projector, projects = None, any(loss.projects for loss in terms.values())
+        if projects and student and student.projected and student.projected[0] != teacher.last_map[0]:
+            there, wanted = student.projected[0], teacher.last_map[0]
+            raise UserError(
+                f"the student's projector gives {there} channels, the teacher's map has {wanted}; give --student_arch, "
+                "and the projector will be made for the pair"
+            )
+        if projects and student and not student.projected:
             self.projector = nn.Conv2d(student.last_map[0], teacher.last_map[0], kernel_size=1)
 
     def forward(

@@ -144,6 +144,8 @@ def shapes(network: nn.Module, image_size: int, n_images: int) -> Shapes:
 
     Raises UserError where such images are too small for it.
     """
+    if hasattr(network, "check"):
+        network.check(image_size)
     probe = copy.deepcopy(network).eval()
     weight = next(probe.parameters())
     try:

@@ -57,8 +57,8 @@ class Recipe:
     gamma: float = _flag(NOT_NEGATIVE, "weight of student to teacher, S2T (rows with a projector)", default=0.0)
     learning_rate: float = _flag(POSITIVE, default=0.001)
     batch_size: int = _flag(COUNT, default=256)
-    arch: str | None = None
     training: str = "reference"
+    arch: str | None = None
     suite: str = ""
     claimed: Claim | None = None
 
@@ -141,7 +141,7 @@ def under(recipe: Recipe, training: str) -> Recipe:
     ways, name = TRAININGS[training], f"{recipe.job}_{training}"
     rate = ways.mobile_learning_rate if recipe.built.startswith(MOBILE) else None
     sets = {"epochs": ways.epochs, "batch_size": ways.batch_size, "learning_rate": rate or ways.learning_rate}
-    return replace(recipe, job=name, checkpoint=name, training=training, **sets)
+    return replace(recipe, job=name, checkpoint=name, training=training, reference=None, **sets)
 
 
 def milestones(recipe: Recipe) -> list[int]:

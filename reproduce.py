@@ -22,6 +22,7 @@ import report
 import suites
 from jobs import Setup
 from recipes import EPOCHS, RECIPES, Recipe, under
+from report.results import Result
 from suites import SUITES, Suite
 from teacher import Teacher
 from util import runtime
@@ -36,7 +37,7 @@ def main() -> None:
     cli.refuse_idle(args)
     report.require()
     path = args.teacher or cli.teacher_path(args)
-    teacher = cli.teacher_recipe(args, path)
+    teacher = cli.teacher_recipe(args, path) if args.teacher else cli.chosen_teacher(args)
     rows = suite_runs(args, teacher) if args.suite else chosen_rows(args, teacher)
     trained_here = None if args.teacher or (args.suite and path.exists()) else teacher_row(args, teacher)
     chosen = runtime.choose(args.device, args.precision)
@@ -86,13 +87,12 @@ def parse() -> argparse.Namespace:
     cli.add_network_flags(parser)
     cli.add_teacher_statistics_flags(parser)
     parser.add_argument("--augment", action="store_true", help="train the students with random crop and flip")
-    parser.add_argument(
-        "--teacher_augment", action="store_true", help="train the teacher with random crop (padding 4) and flip"
-    )
+    parser.add_argument("--teacher_augment", action="store_true", help="train the teacher with random crop and flip")
     cli.add_val_flag(parser)
     cli.add_teacher_cache_flag(parser)
     cli.add_compile_flag(parser)
     cli.add_sync_bn_flag(parser)
+    cli.add_tensorboard_flag(parser)
     cli.add_data_flags(parser)
     cli.add_results_flag(parser)
     args = parser.parse_args()
@@ -195,7 +195,7 @@ def run_rows(rows: list[Recipe], setup: Setup, args: argparse.Namespace, teacher
     if args.suite:
         runs.sort(key=lambda run: args.seeds.index(run[1]))
     for recipe, seed in runs:
-        here = replace(setup, seed=seed, augment=args.augment)
+        here = replace(setup, seed=seed, augment=args.augment, weights="auto")  # --weights is the teacher's
         run_once(recipe, here, teacher if recipe.distils else None)
 
 
@@ -206,23 +206,26 @@ def run_once(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> None:
     """
     title, processes = f"{recipe.job}, seed {setup.seed}", setup.runtime.processes
     # Asked and answered by the main process for all: it is the one that changes what is on the disk.
-    if processes.broadcast(processes.main and is_finished(recipe, setup, teacher)):
+    done = finished(recipe, setup, teacher) if processes.main else None
+    if processes.broadcast(done is not None):
         say(f"{title}: finished already")
+        if done:
+            jobs.show(done, jobs.paths(recipe, setup), setup)
         return
     say(f"{title}: {recipe.epochs} epochs")
     jobs.train(recipe, setup, teacher)
 
 
-def is_finished(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> bool:
-    """Whether the run is finished, and none was begun since. Raises UserError where another run's work is there."""
+def finished(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> Result | None:
+    """The result of the run, if it is finished and none was begun since. Raises UserError where another's work is."""
     there = jobs.paths(recipe, setup)
     if there.state.exists():
-        return False
+        return None
     try:
         done = jobs.finished(recipe, setup, teacher)
         if done and done.warm_start:
             raise UserError(f"{there.result} is no run of its row: it has a warm_start from another; {jobs.ADVICE}")
-        return done is not None
+        return done
     except UserError as error:
         if recipe.network != "teacher" or recipe.suite:
             raise

@@ -2,7 +2,8 @@
 
 Without augmentation a teacher's outputs for an image never change: one pass over the training images serves all rows,
 seeds and epochs, and is kept on the disk for the next command. With augmentation an image has 162 views (9 x 9 crops,
-flipped or not); the logits of each are computed when it is first seen.
+flipped or not); the logits of each are computed when it is first seen. Of large images, whose crops are resized, no two
+views are alike: the teacher runs at every step.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ from data import VIEWS, Batch, Batches, Statistics
 from models import folded
 from outputs import Outputs
 from util import files
-from util.runtime import Runtime, UserError, free_memory, inference_batch, say
+from util.runtime import Runtime, UserError, free_memory, inference_batch, say, send
 
 CACHE_FORMAT = 3
 WILD = 1000  # an image's map is wild where its mean square is so many times the median's
@@ -98,7 +99,7 @@ class Teacher:
 
     def _view_source(self, batches: Batches, needs: frozenset[str]) -> Source:
         key = batches.fingerprint()
-        if not needs <= {"logits"}:
+        if batches.resizes or not needs <= {"logits"}:  # a resized crop hardly ever comes again
             return self
         # Of several processes each would fill a table with what only the others use.
         alone = self.runtime.processes.size == 1
@@ -138,10 +139,8 @@ class TeacherCache:
         return outputs
 
     def _look_up(self, values: torch.Tensor, batch: Batch) -> torch.Tensor:
-        if values.device == self.device:
-            found = values[batch.index]
-        else:
-            found = values[batch.host_index].pin_memory().to(self.device, non_blocking=True)
+        here = values.device == self.device
+        found = values[batch.index] if here else send(values[batch.host_index], self.device)
         return found.permute(0, 3, 1, 2) if found.ndim == 4 else found
 
     def fill(self, batches: Batches, names: frozenset[str]) -> None:

@@ -24,7 +24,7 @@ def main() -> None:
     cli.add_results_flag(parser)
     args = parser.parse_args()
 
-    recipe = cli.with_networks(cli.override(RECIPES[args.model_job], args), args)
+    recipe = cli.override(cli.with_networks(RECIPES[args.model_job], args), args)
     chosen = runtime.choose(args.device, args.precision)
     dataset = cli.load_data(args, chosen)
     jobs.train(recipe, cli.training_setup(args, dataset, chosen, weights=args.weights))

@@ -1,10 +1,12 @@
-"""The plots, PNGs of 1200 pixels' width: top-1 of each row, and the training's curves."""
+"""The plots, PNGs of 1200 pixels' width: top-1 of each row, the training's curves, a sheet of images."""
 
 import io
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
+
+import numpy
 
 from recipes import RECIPES
 from report.results import Result, Rows
@@ -31,6 +33,7 @@ NAME_OFFSETS = [
 NEAR = 24  # so near a name needs no line to its point
 
 LONGEST_NAME = 30  # characters; a longer one would leave no room for the plot
+ACROSS = 8  # images of a sheet
 
 
 class Look(NamedTuple):
@@ -66,6 +69,29 @@ def top1_plot(rows: Rows) -> bytes:
     axes.set_xlabel("top-1 on the test images, %")
     axes.set_title(_title(rows, "Top-1"), pad=26)
     figure.legend(handles=_top1_legend(rows, (low, high)), loc="outside lower center", ncols=4, frameon=False)
+    return _png(figure)
+
+
+def sheet(
+    images: numpy.ndarray, classes: Sequence[str], rights: numpy.ndarray, names: Sequence[str], title: str
+) -> bytes:
+    """A sheet of images: above each its true class and, by their letters, the runs that got it right.
+
+    images: uint8 (N, H, W, 3). classes: of each its name. rights: booleans (runs, N). names: of the runs.
+    """
+    letters = [chr(ord("A") + i) for i in range(len(names))]
+    down = -(-len(images) // ACROSS)
+    figure = _figure(height=1.1 + 0.2 * len(names) + 1.9 * down)
+    legend = "\n".join(f"{letter}  {_plain(name)}" for letter, name in zip(letters, names, strict=True))
+    figure.suptitle(f"{_plain(title)}\n{legend}", x=0.01, ha="left", fontsize=11)
+    palette = {}  # a colour for each set of runs that are right
+    for place, (image, name, right) in enumerate(zip(images, classes, rights.T, strict=True), 1):
+        axes = figure.add_subplot(down, ACROSS, place)
+        axes.imshow(image, interpolation="nearest")
+        axes.set_axis_off()
+        who = " ".join(letter for letter, was in zip(letters, right, strict=True) if was)
+        colour = palette.setdefault(who, OTHER_COLOURS[len(palette) % len(OTHER_COLOURS)])
+        axes.set_title(f"{_plain(_cut(name, 18))}\nright: {who}", fontsize=9, color=colour)
     return _png(figure)
 
 
@@ -346,9 +372,16 @@ def _shade(colour: str, lightness: float) -> tuple[float, float, float]:
 
 def _short(name: str) -> str:
     """The name; of a long one its beginning and its end."""
-    half = LONGEST_NAME // 2
-    short = name if len(name) <= LONGEST_NAME else f"{name[:half]}…{name[-half:]}"
-    return short.replace("$", r"\$")  # which would begin a formula
+    return _plain(_cut(name, LONGEST_NAME))
+
+
+def _cut(name: str, longest: int) -> str:
+    half = longest // 2
+    return name if len(name) <= longest else f"{name[:half]}…{name[-half:]}"
+
+
+def _plain(text: str) -> str:
+    return text.replace("$", r"\$")  # which would begin a formula
 
 
 def _figure(height: float):

@@ -57,8 +57,8 @@ class RecipeValues(_RecipeValues, total=False):
     """
 
     scheduler_step: int
-    arch: str | None
     training: str
+    arch: str | None
 
 
 class Claimed(TypedDict):
@@ -224,7 +224,8 @@ class Rows(dict[str, dict[int, Result]]):
 def read(results_dir: Path) -> Rows:
     """The runs in the folder, all whole and of the same data. Raises UserError, which names all damaged ones."""
     runs, flaws = {}, []
-    for path in sorted(path for path in results_dir.glob(NAMES) if not path.name.startswith(".")):
+    there = [path for path in results_dir.glob(NAMES) if not path.name.startswith(".")]
+    for path in sorted(path for path in there if not path.name.endswith("_card.json")):
         try:
             runs[path] = Result.read(path)
             _check_name(path, runs[path])

@@ -2,16 +2,19 @@
 
 import dataclasses
 import hashlib
+import io
+import json
 import pickle
 import tarfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from util import cifar
 
-LAYOUTS = ("folder", "bare", "below", "archive", "png", "png_below")
+LAYOUTS = ("folder", "bare", "below", "archive", "png", "png_below", "parquet")
 
 
 def write_cifar100(root: Path, n_train: int = 200, n_test: int = 100, layout: str = "folder", order: int = 0):
@@ -37,6 +40,8 @@ def _write(name: str, root: Path, n_train: int, n_test: int, layout: str, order:
         digests[part] = cifar.content_digest(cifar._digests(images, labels))
         shuffled = np.random.default_rng(order).permutation(n)
         images, labels = images[shuffled], labels[shuffled]
+        if layout == "parquet":
+            _write_parquet(root / "cifar100" / f"{part}-00000-of-00001.parquet", kind, images, labels)
         if layout.startswith("png"):
             _write_images(root / "copy" / part if layout == "png_below" else root / part, kind, images, labels)
         files = kind.files[part]
@@ -45,7 +50,7 @@ def _write(name: str, root: Path, n_train: int, n_test: int, layout: str, order:
             md5s[file] = hashlib.md5(contents[file]).hexdigest()
     file, key = kind.names
     contents[file] = pickle.dumps({key.encode(): [label.encode() for label in kind.classes]}, protocol=2)
-    if not layout.startswith("png"):
+    if layout != "parquet" and not layout.startswith("png"):
         folder = {"bare": root, "below": root / "copy"}.get(layout, root / kind.folder)
         folder.mkdir(parents=True, exist_ok=True)
         for file, content in contents.items():
@@ -72,3 +77,16 @@ def _write_images(part: Path, kind: cifar.Cifar, images: np.ndarray, labels: np.
         folder = part / kind.classes[label]
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(folder / f"{k:06}.png")
+
+
+def _write_parquet(path: Path, kind: cifar.Cifar, images: np.ndarray, labels: np.ndarray) -> None:
+    """As the hub has them: PNGs in a column img, the number of the class in fine_label."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    contents = [io.BytesIO() for _ in images]
+    for image, content in zip(images, contents, strict=True):
+        Image.fromarray(image).save(content, "PNG")
+    table = pa.table({"img": [{"bytes": c.getvalue(), "path": None} for c in contents], "fine_label": labels})
+    features = {"img": {"_type": "Image"}, "fine_label": {"_type": "ClassLabel", "names": list(kind.classes)}}
+    about = json.dumps({"info": {"features": features}}).encode()
+    pq.write_table(table.replace_schema_metadata({b"huggingface": about}), path)

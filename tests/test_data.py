@@ -13,6 +13,7 @@ from cifar_files import LAYOUTS, write_cifar10, write_cifar100
 from PIL import Image
 from torchvision import datasets, transforms
 from torchvision.transforms import functional
+from torchvision.transforms.v2 import functional as functional_v2
 
 import data
 from util import cifar, images
@@ -28,8 +29,8 @@ def random_split(n=10, size=8):
     return data.Split(images, torch.arange(n) % 3)
 
 
-def batches(n=10, batch_size=4, **options):
-    return data.Batches(random_split(n), MEAN, STD, batch_size, CPU, **options)
+def batches(n=10, batch_size=4, size=8, **options):
+    return data.Batches(random_split(n, size), MEAN, STD, batch_size, CPU, **options)
 
 
 def order(given, epoch=0, start=0):
@@ -141,6 +142,99 @@ def test_views_do_not_depend_on_the_batches():
     small = dict(zip(torch.cat([p.index for p in parts]).tolist(), torch.cat([p.images for p in parts]), strict=True))
     large = next(iter(batches(augment=True, batch_size=10).epoch(1)))
     assert all(small[int(index)].equal(image) for index, image in zip(large.index, large.images, strict=True))
+
+
+# views of large images
+
+
+def large(n=10, size=72, **options):
+    return batches(n, size=size, shuffle=True, augment=True, **options)
+
+
+def test_large_images_are_cropped_and_resized_as_torchvision_does():
+    given = large(seed=4)
+    views, originals = given.views(2), given.split.images.permute(0, 3, 1, 2)
+    assert given.resizes and not batches(size=64, augment=True).resizes and views.shape == (10, 5)
+    for batch in given.epoch(2):
+        for index, image in zip(batch.index, batch.images, strict=True):
+            *box, flip = views[index].tolist()
+            expected = functional_v2.resized_crop(originals[index].float(), *box, [72, 72], antialias=True)
+            expected = functional_v2.hflip(expected) if flip else expected
+            expected = functional_v2.normalize(expected / 255, MEAN, STD)
+            torch.testing.assert_close(image, expected, rtol=0, atol=1e-4)  # a grey level is 1e-2 here
+    assert views[:, 4].unique().tolist() == [0, 1]
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_crop_of_the_whole_image_is_the_image():
+    images = random_split(2, 72).images
+    views = torch.tensor([[0, 0, 72, 72, 0], [0, 0, 72, 72, 1]])
+    seen = data.resized_crop(images, views)
+    torch.testing.assert_close(seen, torch.stack([images[0], images[1].flip(1)]).float(), rtol=0, atol=0.01)
+
+
+def test_crops_are_drawn_as_torchvision_draws_them():
+    n, size = 4000, 224
+    top, left, height, width, flip = large(n, 65).views(0).unbind(1)
+    assert (torch.stack([top + height, left + width]) <= 65).all() and (torch.stack([top, left]) >= 0).all()
+    assert abs(flip.float().mean() - 0.5) < 0.05
+    views = data._resized_crops(n, size, torch.Generator().manual_seed(0))
+    torch.manual_seed(1)
+    image = torch.empty(3, size, size)
+    theirs = torch.tensor([transforms.RandomResizedCrop.get_params(image, *DEFAULTS) for _ in range(n)])
+    for ours, other in ((views, theirs), (views[:, 2] * views[:, 3], theirs[:, 2] * theirs[:, 3])):
+        ours, other = (x.double().reshape(n, -1).quantile(QUANTILES, 0) / other.max() for x in (ours, other))
+        assert (ours - other).abs().max() < 0.03
+    aspects = [(x[:, 3] / x[:, 2]).log() for x in (views, theirs)]
+    assert (aspects[0].double().quantile(QUANTILES) - aspects[1].double().quantile(QUANTILES)).abs().max() < 0.03
+
+
+DEFAULTS = [0.08, 1.0], [3 / 4, 4 / 3]
+QUANTILES = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9], dtype=torch.float64)
+
+
+def test_large_views_depend_on_seed_epoch_and_image_alone():
+    whole = list(large(batch_size=3, seed=1).epoch(5))
+    for expected, given in zip(whole[2:], large(batch_size=3, seed=1).epoch(5, start=2), strict=True):
+        assert expected.index.equal(given.index) and expected.images.equal(given.images)
+    at_once = next(iter(large(batch_size=10, seed=1).epoch(5)))
+    apart = {int(i): image for batch in whole for i, image in zip(batch.index, batch.images, strict=True)}
+    assert all(apart[int(i)].equal(image) for i, image in zip(at_once.index, at_once.images, strict=True))
+    views = [large(seed=seed).views(epoch) for seed in (0, 1) for epoch in (0, 1)]
+    assert len({str(view.tolist()) for view in views}) == 4
+
+
+def test_large_streamed_images_are_seen_as_those_in_memory(tmp_path):
+    rng, given = np.random.default_rng(0), []
+    for part in ("train", "test"):
+        for label in ("cat", "dog"):
+            for k in range(3):
+                (folder := tmp_path / part / label).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(rng.integers(0, 256, (90, 80, 3), np.uint8)).save(folder / f"{k}.jpg")
+    for stream in (False, True):
+        dataset = data.load("folder", tmp_path, 72, stream)
+        own = data.Batches(dataset.train, dataset.mean, dataset.std, 4, CPU, shuffle=True, augment=True)
+        given.append([batch for epoch in (0, 1) for batch in own.epoch(epoch, epoch)])
+    assert all(one.images.equal(other.images) for one, other in zip(*given, strict=True))
+    assert [len(run) for run in given] == [3, 3]
+
+
+@pytest.mark.parametrize("free, fits", [(3839, False), (3840, True), (0, True)])  # 0: not known
+def test_images_lie_on_the_device_where_half_of_it_holds_them(free, fits, monkeypatch):
+    given = batches(10)
+    given.device = torch.device("cuda")
+    monkeypatch.setattr(data, "free_memory", lambda device: free)
+    assert given._fits() is fits  # 10 images of 8 x 8 x 3 bytes
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_images_that_a_device_cannot_hold_are_moved_batch_by_batch(augment, monkeypatch):
+    expected = batches(shuffle=True, augment=augment)
+    monkeypatch.setattr(data.Batches, "_fits", lambda self: False)
+    given = batches(shuffle=True, augment=augment)
+    assert given.images is None
+    for one, other in zip(expected.epoch(1), given.epoch(1), strict=True):
+        assert one.images.equal(other.images) and one.labels.equal(other.labels)
 
 
 # CIFAR

@@ -36,7 +36,7 @@ def test_a_package_imports_nothing_from_above(folder):
 
 
 def test_nothing_imports_a_script():
-    assert {"train", "train_distillation", "test", "test_LDH", "reproduce"} <= SCRIPTS
+    assert {"train", "train_distillation", "test", "test_LDH", "reproduce", "compare"} <= SCRIPTS
     wrong = {(path.name, name) for path in MODULES for name in imported(path) if name in SCRIPTS}
     assert wrong <= {("test_LDH.py", "test")}  # the same script, with another default
 

@@ -157,6 +157,7 @@ def test_rows_shrink_in_proportion(script):
 
     def shape(job, **flags):
         nothing = {"epochs": None, "scheduler_step": None, "learning_rate": None, "batch_size": None}
+        nothing["training"] = "reference"
         row = scaled(RECIPES[job], argparse.Namespace(**{**nothing, **flags}))
         return row.epochs, row.scheduler_step
 

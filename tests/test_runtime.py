@@ -13,12 +13,12 @@ from as_processes import FORKS
 from torch import nn
 
 import engine
-import jobs
+import losses
 import models
 from data import Batches
 from outputs import Outputs
 from recipes import RECIPES
-from util import runtime
+from util import processes, runtime
 from util.runtime import Runtime, UserError
 
 CPU = torch.device("cpu")
@@ -47,30 +47,43 @@ def test_auto_takes_bf16_where_the_device_computes_in_it(monkeypatch):
         assert runtime.choose("cpu", "auto").precision == expected
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
-@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
-def test_cuda_that_is_not_there(device):
-    with pytest.raises(UserError, match=f"--device {device}: no CUDA device is available here; use --device cpu"):
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "mps", "xpu", "xpu:1"])
+def test_an_accelerator_that_is_not_there(gpus, device):
+    gpus(0)
+    words = f"no {device[:4].strip(':').upper()} device is available here; use --device cpu"
+    with pytest.raises(UserError, match=f"--device {device}: {words}"):
         runtime.choose(device)
+    gpus(1, "mps" if device.startswith("xpu") else "xpu")  # another one is
+    with pytest.raises(UserError, match=f"--device {device}: {words}"):
+        runtime.choose(device)
+    assert runtime.choose("cpu").device == CPU
 
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """Pretend that there are so many GPUs."""
+    """Pretend that there are so many accelerators of a kind: gpus(2, "xpu"). Gives the numbers that were set."""
+    taken = []
 
-    def pretend(n):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: n > 0)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: n)
-        monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)
+    def pretend(n, kind="cuda"):
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: n > 0)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(kind))
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda: n)
+        for module in (torch.cuda, torch.xpu):
+            monkeypatch.setattr(module, "set_device", taken.append)
+            monkeypatch.setattr(module, "is_bf16_supported", lambda **options: True)
+        return taken
 
     return pretend
 
 
 def test_a_gpu_by_its_number(gpus, monkeypatch):
+    for kind in ("cuda", "xpu"):
+        taken = gpus(2, kind)
+        taken.clear()
+        for device, number in (("auto", 0), (kind, 0), (f"{kind}:0", 0), (f"{kind}:1", 1)):
+            assert runtime.choose(device) == Runtime(torch.device(kind, number), "bf16")
+        assert taken == [0, 0, 0, 1]
     gpus(2)
-    for device, number in (("auto", 0), ("cuda", 0), ("cuda:0", 0), ("cuda:1", 1)):
-        assert runtime.choose(device) == Runtime(torch.device("cuda", number), "bf16")
     with pytest.raises(UserError, match=r"--device cuda:7: there are cuda:0 to cuda:1 \(2 in all\)"):
         runtime.choose("cuda:7")
     gpus(1)
@@ -81,14 +94,63 @@ def test_a_gpu_by_its_number(gpus, monkeypatch):
         runtime.choose("cuda:0")
 
 
+def test_processes_and_gpus(gpus, monkeypatch):
+    gpus(1)
+    for name, value in (("LOCAL_WORLD_SIZE", "2"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="--nproc_per_node is 2, but there is 1 GPU; start one for each"):
+        runtime.choose("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    gpus(1, "mps")  # two machines of one each
+    with pytest.raises(UserError, match="mps devices can't work as several processes here; start one, or use --device"):
+        runtime.choose("mps")
+
+
+def test_what_tensors_travel_by(monkeypatch):
+    there = {"nccl", "gloo"}
+    monkeypatch.setattr(torch.distributed, "is_backend_available", lambda name: name in there)
+    assert [processes.backend(kind) for kind in ("cuda", "xpu", "mps", "cpu")] == ["nccl", None, None, None]
+    there.add("xccl")
+    assert processes.backend("xpu") == "xccl"
+
+
+def test_an_apple_gpu(gpus):
+    gpus(1, "mps")
+    for name in ("auto", "mps"):
+        assert runtime.choose(name) == Runtime(torch.device("mps", 0), "fp32")
+    assert runtime.choose("mps").describe().endswith(", mps")
+
+
+def test_bf16_where_it_is_not(monkeypatch):
+    monkeypatch.setattr(runtime, "_stands_bf16", lambda device: False)
+    with pytest.raises(UserError, match="--precision bf16: cpu can't compute in it here; use --precision fp32, or"):
+        runtime.choose("cpu", "bf16")
+    assert runtime.choose("cpu", "fp32").precision == "fp32"
+
+
 def test_names_of_devices():
-    for name in ("auto", "cpu", "cuda", "cuda:0", "cuda:11"):
+    for name in ("auto", "cpu", "cuda", "cuda:0", "cuda:11", "mps", "xpu", "xpu:1"):
         assert runtime.device_name(name) == name
-    wrong = ["gpu", "cuda:", "cuda:-1", "cuda:x", "cuda:1.0", "CUDA", "cpu:0", "", "cuda:\u0661", "cuda:" + "1" * 400]
+    wrong = [
+        "mps:0",
+        "xpu:",
+        "gpu",
+        "cuda:",
+        "cuda:-1",
+        "cuda:x",
+        "cuda:1.0",
+        "CUDA",
+        "cpu:0",
+        "",
+        "cuda:\u0661",
+        "cuda:" + "1" * 400,
+    ]
     for name in wrong:
-        with pytest.raises(argparse.ArgumentTypeError, match="is not auto, cpu, cuda or cuda:N") as raised:
+        with pytest.raises(
+            argparse.ArgumentTypeError, match="is not auto, cpu, mps, cuda, cuda:N, xpu or xpu:N"
+        ) as raised:
             runtime.device_name(name)
-        assert len(str(raised.value)) < 120
+        assert len(str(raised.value)) < 140
 
 
 def test_autocast_is_that_of_the_precision():
@@ -241,20 +303,24 @@ def test_a_step_on_cuda_never_waits_for_the_device(digits):
     chosen = runtime.choose("cuda", "auto")
     network = models.build("student", 10).to(chosen.device, memory_format=torch.channels_last)
     batches = Batches(digits.train, digits.mean, digits.std, 256, chosen.device, shuffle=True, augment=True)
-    loss = jobs.batch_loss(RECIPES["student"], network, None, batches)
-    waited = []
+    steps = []
 
-    def watched(batch, epoch, iteration):
-        torch.cuda.set_sync_debug_mode("error" if iteration else "default")
-        waited.append(iteration)
-        return loss(batch, epoch, iteration)
+    class Watched(losses.Objective):
+        def forward(self, *given):
+            torch.cuda.set_sync_debug_mode("error" if steps else "default")
+            steps.append(1)
+            return super().forward(*given)
 
-    epochs = engine.fit(network, batches, watched, lambda epoch: 1e-3, 1, chosen, "test")
+    alpha = losses.alpha_schedule(1.0, 1, len(batches))
+    objective = Watched(RECIPES["student"])
+    epochs = engine.fit(
+        network, batches, objective, alpha=alpha, learning_rate=lambda epoch: 1e-3, runtime=chosen, title="test"
+    )
     try:
         next(epochs)
     except RuntimeError as error:
         # The epoch's end reads the figures; by then every step has run.
-        assert waited[-1] == len(batches) - 1, error
+        assert len(steps) == len(batches), error
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

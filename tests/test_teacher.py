@@ -276,6 +276,13 @@ def test_maps_of_views_are_live(digits, make):
     assert teacher.source(batches_of(digits, augment=True), BOTH) is teacher
 
 
+def test_views_of_large_images_are_live(make):
+    split = Split(torch.zeros(2, 65, 65, 3, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))
+    batches = Batches(split, (0, 0, 0), (1, 1, 1), 2, CPU, augment=True)
+    teacher = make()
+    assert teacher.source(batches, LOGITS) is teacher
+
+
 def test_views_that_do_not_fit_are_live(digits, make, monkeypatch):
     monkeypatch.setattr(teachers, "free_memory", lambda device: 1000)
     teacher = make()

@@ -1,5 +1,6 @@
 """The ways to train: learning rates, optimisers, mixed images and labels, and what a run says of it all."""
 
+import argparse
 import json
 import signal
 
@@ -20,6 +21,7 @@ import losses
 import mixing
 import models
 import recipes
+import reproduce
 from data import Batches, Split
 from mixing import Mixing
 from outputs import Outputs
@@ -68,7 +70,7 @@ def test_milestones_scale(epochs, milestones):
      ("shufflenet_v2_x1_0", 0.01), ("resnet20", 0.05), ("vgg8", 0.05), ("teacher", 0.05)],
 )  # fmt: skip
 def test_mobile_networks_are_trained_more_slowly(network, rate):
-    recipe = recipes.replace(RECIPES["student"], network=network)
+    recipe = recipes.replace(RECIPES["student"], arch=network)
     assert under(recipe, "benchmark").learning_rate == rate
     assert under(recipe, "strong").learning_rate == 0.1
 
@@ -498,7 +500,7 @@ def test_identities_differ_between_trainings(digits, tmp_path):
     assert len({*told, json.dumps(plain)}) == 3
     assert list(plain["recipe"]) == [
         "job", "checkpoint", "network", "epochs", "scheduler_step", "soft", "alpha", "beta", "gamma", "learning_rate",
-        "batch_size",
+        "batch_size", "arch",
     ]  # fmt: skip
     # Plain values, which come back from a file as they were.
     assert all(json.loads(text) == jobs.identity(student(name, epochs=5, batch_size=8, learning_rate=0.1), setup, None)
@@ -508,3 +510,13 @@ def test_identities_differ_between_trainings(digits, tmp_path):
 def test_the_list_has_the_trainings(script):
     out = script("train_distillation.py", "--list").out
     assert "training  benchmark  sgd, milestones, 240 epochs" in out and "training  strong" in out
+
+
+def test_rows_by_another_training_are_all_of_the_same_epochs():
+    nothing = {"epochs": None, "scheduler_step": None, "learning_rate": None, "batch_size": None}
+    for job in ("teacher", "student", "distillation_KMJ1"):
+        flags = argparse.Namespace(**nothing, training="benchmark")
+        assert reproduce.scaled(RECIPES[job], flags) == under(RECIPES[job], "benchmark")
+        flags.epochs, flags.batch_size = 20, 32
+        row = reproduce.scaled(RECIPES[job], flags)
+        assert (row.epochs, row.batch_size, row.learning_rate) == (20, 32, 0.05)

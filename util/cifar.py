@@ -1,4 +1,5 @@
-"""CIFAR-10 and CIFAR-100 from any copy: the official files, in an archive or not, or an image file for each image.
+"""CIFAR-10 and CIFAR-100 from any copy: the official files, in an archive or not, an image file for each image, or the
+Hugging Face hub's parquet files.
 
 A copy is known by what it holds, not by its container or the order of its images; all give the same arrays.
 """
@@ -16,7 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from util.images import TEST, TRAIN, class_files, decoded, folders, part_folders, printable, roots
+from util.images import TEST, TRAIN, Found, class_files, decoded, folders, part_folders, printable, roots
+from util.listed import find_parquet
 from util.runtime import UserError, say
 
 
@@ -125,6 +127,9 @@ def _copies(kind: Cifar, data_dir: Path) -> Iterator[tuple[Path, Callable[[], di
     for root in roots(data_dir):
         if _has_class_folders(kind, root):
             yield root, lambda root=root: _from_images(kind, root)
+    for root in (data_dir, *folders(data_dir)):
+        if found := _parquet(kind, root):
+            yield root, lambda found=found: _decoded(kind, found)
 
 
 # the official files
@@ -259,11 +264,31 @@ def _from_images(kind: Cifar, root: Path) -> dict[str, Part]:
         listing[part] = [(path, _normal(label)) for path, label in found]
         if other := {label for _, label in listing[part]} - set(kind.classes):
             raise UserError(f"{printable(folder)} has a folder {min(other)}, which is no class of {kind.title}")
+    return _decoded(kind, Found(root, listing))
+
+
+def _decoded(kind: Cifar, found: Found) -> dict[str, Part]:
     number = {name: index for index, name in enumerate(kind.classes)}
-    labels = {part: np.array([number[label] for _, label in found], np.int64) for part, found in listing.items()}
-    _check_counts(kind, root, labels)  # before many thousands of files are decoded
-    images = decoded(root, listing, 32)
-    return {part: Part(images[part], labels[part]) for part in listing}
+    labels = {part: np.array([number[label] for _, label in own], np.int64) for part, own in found.files.items()}
+    _check_counts(kind, found.root, labels)  # before many thousands of files are decoded
+    images = decoded(found, 32)
+    return {part: Part(images[part], labels[part]) for part in found.files}
+
+
+def _parquet(kind: Cifar, root: Path) -> Found | None:
+    """The images in parquet files, as the Hugging Face hub has them; None where they are not of these classes."""
+    if not any(root.glob("*.parquet")) and not any(root.glob("data/*.parquet")):
+        return None
+    try:
+        found = find_parquet(root)
+    except UserError as error:
+        say(f"passed over: {error}")
+        return None
+    if {_normal(name) for name in found.classes} != {*kind.classes}:
+        return None
+    return found._replace(
+        files={part: [(row, _normal(label)) for row, label in own] for part, own in found.files.items()}
+    )
 
 
 # recognising

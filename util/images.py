@@ -2,7 +2,9 @@
 
 import functools
 import hashlib
+import io
 import itertools
+import json
 import logging
 import os
 import struct
@@ -21,6 +23,7 @@ import torch
 from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 
 from util import files
+from util.packed import Row
 from util.processes import local_size
 from util.runtime import UserError, say
 
@@ -39,17 +42,27 @@ Image.MAX_IMAGE_PIXELS = None
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 30
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
-Files = dict[str, list[tuple[Path, str]]]  # for "train" and "test": each image and its class
+Files = dict[str, list[tuple[Path | Row, str]]]  # for "train" and "test": each image and its class
 
 
 # finding
 
 
 class Found(NamedTuple):
-    """root: where they lie; files: those of "train" (where it is there) and "test", in a fixed order."""
+    """root: where they lie; files: those of "train" (where it is there) and "test", in a fixed order.
+
+    classes: in their order, where it is not that of their names. listed: the name of the list that they are from, to
+    tell what is kept of them from what is kept of other images at the same root.
+    """
 
     root: Path
     files: Files
+    classes: tuple[str, ...] | None = None
+    listed: str = ""
+
+    def kept(self, name: str) -> Path:
+        """Where a file of this name about these images is kept."""
+        return self.root / f".{self.listed}_{name}" if self.listed else self.root / f".{name}"
 
 
 @dataclass
@@ -108,7 +121,7 @@ def _root(data_dir: Path, tests: Sequence[str], classes: Collection[str] | None)
         found = roots(data_dir, tests)
     shown = printable(data_dir)
     if len(found) > 1:
-        raise UserError(f"{shown} holds several data sets: {_some([root.name for root in found])}; give one of them")
+        raise UserError(f"{shown} holds several data sets: {some([root.name for root in found])}; give one of them")
     if not found:
         part = tests[0] if classes else "train"
         raise UserError(
@@ -142,6 +155,14 @@ def class_files(part: Path, notes: _Notes | None = None) -> list[tuple[Path, str
             found += [(path, class_name(entry.name)) for path in images]
         else:
             notes.empty.append(class_name(entry.name))
+    return found
+
+
+def images_below(folder: Path) -> list[Path]:
+    """The images in the folder, at any depth, in a fixed order; says what was left out. Raises UserError."""
+    notes = _Notes()
+    found = list(_images_below(str(folder), {_identity(above) for above in folder.resolve().parents}, notes))
+    _say_left_out(notes, set(), set())
     return found
 
 
@@ -187,7 +208,7 @@ def _test_files(
 
 
 def _unknown_classes(root: Path, folder: Path, unknown: list[str], where: str) -> str:
-    return f"{printable(root)}: classes in {folder.name}/ {where}: {_some(unknown)}"
+    return f"{printable(root)}: classes in {folder.name}/ {where}: {some(unknown)}"
 
 
 def _annotated_files(folder: Path) -> list[tuple[Path, str]]:
@@ -205,15 +226,20 @@ def _annotated_files(folder: Path) -> list[tuple[Path, str]]:
 def _say_left_out(notes: _Notes, classes: set[str], tested: set[str]) -> None:
     for paths, reason in ((notes.no_images, "no images"), (notes.no_class, "in no class folder")):
         if paths:
-            names = _some([f"{path.parent.name}/{path.name}" for path in paths], 3)
+            names = some([f"{path.parent.name}/{path.name}" for path in paths], 3)
             say(f"{len(paths)} {'files' if len(paths) > 1 else 'file'} left out, {reason}: {names}")
     if notes.empty:
-        say(f"class folders left out, without images: {_some(notes.empty)}")
+        say(f"class folders left out, without images: {some(notes.empty)}")
+    say_untested(classes, tested)
+
+
+def say_untested(classes: set[str], tested: set[str]) -> None:
+    """A line for the classes of which there are no test images."""
     if untested := sorted(classes - tested):
-        say(f"no test images of {len(untested)} of {len(classes)} classes: {_some(untested)}; tested without")
+        say(f"no test images of {len(untested)} of {len(classes)} classes: {some(untested)}; tested without")
 
 
-def _some(names: Sequence[str | Path], n: int = 5) -> str:
+def some(names: Sequence[str | Path], n: int = 5) -> str:
     """The first of the names, and how many more there are."""
     more = f" and {len(names) - n:,} more" if len(names) > n else ""
     return ", ".join(printable(name) for name in names[:n]) + more
@@ -292,14 +318,15 @@ def _is_stub(plugin: object) -> bool:
 # decoding
 
 
-def read_image(path: Path, size: int) -> Image.Image:
+def read_image(path: Path | Row, size: int) -> Image.Image:
     """The image in RGB, upright, scaled (Lanczos) to cover size x size and cut to it around its centre.
 
     Of several frames the first. What is transparent is white. For values that are not of 8 bits see `_in_8_bits`.
     Raises UserError for one that can't be read, or not to its end.
     """
     try:
-        with Image.open(path, formats=_formats().readable) as image:
+        source = io.BytesIO(path.read()) if isinstance(path, Row) else path
+        with Image.open(source, formats=_formats().readable) as image:
             image.load()
             rgb = _in_rgb(_in_8_bits(_upright(image)))
         return rgb if rgb.size == (size, size) else ImageOps.fit(rgb, (size, size), Image.Resampling.LANCZOS)
@@ -363,8 +390,8 @@ class ImageFiles:
     they are not given, all images are read when they are first asked for.
     """
 
-    def __init__(self, paths: Sequence[str | bytes | Path], size: int, digests: np.ndarray | None = None):
-        self.paths = [os.fsencode(path) for path in paths]
+    def __init__(self, paths: Sequence[str | bytes | Path | Row], size: int, digests: np.ndarray | None = None):
+        self.paths = [path if isinstance(path, Row) else os.fsencode(path) for path in paths]
         self.shape = (len(paths), size, size, 3)
         self._digests = digests
 
@@ -391,6 +418,8 @@ class ImageFiles:
 
         problems: where those of images that can't be read are gathered; without it UserError is raised for them.
         """
+        for file in {path.file for path in self.paths if isinstance(path, Row)}:
+            file.open()
         threads = _threads()
         pool = ThreadPoolExecutor(threads)
         ahead: deque[tuple[torch.Tensor, list[Future]]] = deque()
@@ -425,12 +454,13 @@ def _threads() -> int:
     return max(1, min(16, (os.cpu_count() or 1) // local_size()))
 
 
-def _decode(images: np.ndarray, paths: Sequence[bytes]) -> list[UserError]:
+def _decode(images: np.ndarray, paths: Sequence[bytes | Row]) -> list[UserError]:
     """Decode the files into the array, uint8 (N, size, size, 3), and give the problems with those that can't be."""
     problems = []
     for index, path in enumerate(paths):
         try:
-            images[index] = read_image(Path(os.fsdecode(path)), images.shape[1])
+            source = path if isinstance(path, Row) else Path(os.fsdecode(path))
+            images[index] = read_image(source, images.shape[1])
         except UserError as error:
             error.path = path
             problems.append(error)
@@ -442,7 +472,7 @@ def refuse_unreadable(problems: list[UserError]) -> None:
     if len(problems) == 1:
         raise problems[0]
     if problems:
-        names = _some([os.fsdecode(problem.path) for problem in problems])
+        names = some([os.fsdecode(problem.path) for problem in problems])
         raise UserError(f"{len(problems):,} images can't be read: {names}; mend or remove them")
 
 
@@ -457,15 +487,63 @@ def image_digests(images: torch.Tensor | ImageFiles) -> np.ndarray:
 # keeping
 
 
-def decoded(root: Path, listing: Files, size: int) -> dict[str, np.ndarray]:
+def readable(found: Found, size: int) -> Found:
+    """Those of the images that can be read; the others are said. To find them all are decoded once; they are kept.
+
+    Raises UserError where a class has none left to train on, or none is left to test on.
+    """
+    kept, key = found.kept(f"unreadable_{size}.json"), fingerprint(found, size)
+    everything = ImageFiles([path for own in found.files.values() for path, _ in own], size)
+    unreadable = _read_unreadable(kept, key)
+    if unreadable is None:
+        problems: list[UserError] = []
+        for _ in everything.read(everything.in_order(), problems):
+            pass
+        paths = {problem.path for problem in problems}
+        unreadable = [index for index, path in enumerate(everything.paths) if path in paths]
+        try:
+            files.write_json({"key": key, "unreadable": unreadable}, kept)
+        except UserError as error:
+            say(f"which images can't be read is not kept, the next start reads them all again ({error})")
+    if not unreadable:
+        return found
+    rest = _without(found.files, set(unreadable))
+    names = some([os.fsdecode(everything.paths[index]) for index in unreadable])
+    say(f"{len(unreadable):,} of {len(everything):,} images left out, which can't be read: {names}")
+    before, after = ({label for _, label in files["test"]} for files in (found.files, rest))
+    if before != after:
+        say_untested(before, after)
+    return found._replace(files=rest)
+
+
+def _read_unreadable(path: Path, key: str) -> list[int] | None:
+    try:
+        kept = json.loads(path.read_text())
+        return [int(index) for index in kept["unreadable"]] if kept["key"] == key else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _without(listing: Files, left_out: set[int]) -> Files:
+    """What is left of the images, which are numbered through all parts."""
+    numbers, rest = itertools.count(), {}
+    for part, own in listing.items():
+        rest[part] = [image for image in own if next(numbers) not in left_out]
+        lost = sorted({label for _, label in own} - {label for _, label in rest[part]})
+        if lost and (part == "train" or not rest[part]):
+            raise UserError(f"no image of {part} can be read of {some(lost)}; mend some, or remove the class")
+    return rest
+
+
+def decoded(found: Found, size: int) -> dict[str, np.ndarray]:
     """The images of each part, uint8 (N, size, size, 3): decoded, or as kept at root where nothing changed since.
 
     Raises UserError that names all images that can't be read.
     """
-    cache, key = root / f".decoded_{size}.npz", fingerprint(root, listing, size)
+    cache, key = found.kept(f"decoded_{size}.npz"), fingerprint(found, size)
     images = _read_cache(cache, key)
     if images is None:
-        images = _decode_all(listing, size)
+        images = _decode_all(found.files, size)
         _write_cache(cache, key, images)
     return images
 
@@ -481,19 +559,19 @@ def _decode_all(listing: Files, size: int) -> dict[str, np.ndarray]:
     return {part: images[end - len(listing[part]) : end] for part, end in zip(listing, ends, strict=True)}
 
 
-def fingerprint(root: Path, listing: Files, size: int) -> str:
+def fingerprint(found: Found, size: int) -> str:
     """What changes when an image is added, removed, renamed or written anew, or is to have another size."""
     digest = hashlib.sha256(f"{CACHE_FORMAT} {size}\n".encode())
-    for part, found in listing.items():
-        for path, label in found:
-            name = os.fsencode(os.path.relpath(path, root))
+    for part, own in found.files.items():
+        for path, label in own:
+            name = os.fsencode(os.path.relpath(path, found.root))
             digest.update(b"%s\0%s\0%s\0%d\0%d\n" % (part.encode(), label.encode(), name, *_size_and_time(path)))
     return digest.hexdigest()
 
 
-def _size_and_time(path: Path) -> tuple[int, int]:
+def _size_and_time(path: Path | Row) -> tuple[int, int]:
     try:
-        status = os.stat(path)
+        status = os.stat(path.file.path if isinstance(path, Row) else path)
     except OSError:  # it will be named with the others that can't be read
         return 0, 0
     return status.st_size, status.st_mtime_ns

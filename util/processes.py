@@ -1,6 +1,7 @@
 """The processes of a run: one, or those that torchrun started, each of which works on its share of every batch.
 
-torchrun tells each process its rank through the environment. Tensors on the CPU travel by gloo, those on CUDA by nccl.
+torchrun tells each process its rank through the environment. Tensors on the CPU travel by gloo, those on CUDA by nccl,
+those on Intel's GPUs by xccl.
 """
 
 import os
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 # Long: a process may wait while another reads images or runs the teacher over them. One that dies is noticed at once.
 TIMEOUT = timedelta(hours=6)
+BACKENDS = {"cuda": "nccl", "xpu": "xccl"}  # by which tensors on a device travel
 
 
 class Lost(Exception):
@@ -28,6 +30,17 @@ def local_rank() -> int:
 def local_size() -> int:
     """How many processes of the run are on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def size() -> int:
+    """How many processes the run has, on all its machines."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def backend(device: str) -> str | None:
+    """What tensors on devices of that type travel by between processes; None where this torch has nothing for it."""
+    name = BACKENDS.get(device)
+    return name if name and dist.is_available() and dist.is_backend_available(name) else None
 
 
 def restarted() -> bool:
@@ -136,22 +149,25 @@ def _losing() -> Iterator[None]:
         raise Lost(str(error).partition("\n")[0]) from error
 
 
-def join(cuda: bool) -> Processes:
-    """Join the processes that torchrun started; alone where it did not start any. Only the main one has a stdout."""
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    if size == 1:
+def join(device: str) -> Processes:
+    """Join the processes that torchrun started, for devices of that type; alone where it did not start any.
+
+    Only the main one has a stdout.
+    """
+    if size() == 1:
         return Processes()
     if not dist.is_initialized():
         with _losing():
-            store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+            store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
             # torchrun's store outlives a restart: without names of their own the processes would find the addresses
             # of those before them there (https://github.com/pytorch/pytorch/issues/135712).
             store = dist.PrefixStore(f"start {_restarts()}", store)
-            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+            own = backend(device)
+            names = f"cpu:gloo,{device}:{own}" if own else "gloo"
+            dist.init_process_group(names, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open as long as the process
-    return Processes(dist.get_rank(), size)
+    return Processes(dist.get_rank(), dist.get_world_size())
 
 
 def leave() -> None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TextIO
 
@@ -48,38 +49,52 @@ class Runtime:
 
     def describe(self) -> str:
         """The device in words, for the results."""
-        if self.device.type == "cuda":
-            return torch.cuda.get_device_name(self.device)
-        return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+        if self.device.type == "cpu":
+            return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+        name = getattr(torch.get_device_module(self.device), "get_device_name", None)
+        return name(self.device) if name else f"{_cpu_name()}, {self.device.type}"
 
 
 def device_name(text: str) -> str:
-    """An argparse type, for --device: "auto", "cpu", "cuda" or "cuda:N". Whether it is there is `choose`'s question."""
-    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", text):
+    """An argparse type, for --device: "auto", "cpu", "mps", "cuda" or "xpu", the last two also with a number, "cuda:N".
+
+    Whether it is there is `choose`'s question.
+    """
+    if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:[0-9]{1,3})?", text):
         shown = text if len(text) <= 40 else f"{text[:37]}..."
-        raise argparse.ArgumentTypeError(f"{shown} is not auto, cpu, cuda or cuda:N (N is a GPU's number, from 0)")
+        raise argparse.ArgumentTypeError(
+            f"{shown} is not auto, cpu, mps, cuda, cuda:N, xpu or xpu:N (N is a GPU's number, from 0)"
+        )
     return text
 
 
 def choose(device: str = "auto", precision: str = "auto") -> Runtime:
     """The runtime for --device, see `device_name`, and --precision auto|fp32|bf16.
 
-    auto takes CUDA where there is one, and bf16 where the device computes in it. What is in float32 is plain float32,
-    never TF32. Under torchrun each process of a machine takes a GPU of its own. Raises UserError for cuda where there
-    is none, or none left.
+    auto takes the accelerator that torch finds, and bf16 where the device computes in it. What is in float32 is plain
+    float32, never TF32. Under torchrun each process of a machine takes a GPU of its own. Raises UserError for an
+    accelerator that is not there, or none of them left, and for bf16 on a device that can't do it at all.
     """
-    wants_cuda = device.startswith("cuda")
-    if wants_cuda and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: no CUDA device is available here; use --device cpu, or auto")
-    chosen = _gpu(device) if wants_cuda or (device == "auto" and torch.cuda.is_available()) else torch.device("cpu")
+    there = accelerator()
+    if device not in ("auto", "cpu") and device.partition(":")[0] != there:
+        name = device.partition(":")[0].upper()
+        raise UserError(f"--device {device}: no {name} device is available here; use --device cpu, or auto")
+    chosen = torch.device("cpu") if device == "cpu" or there is None else _gpu(there, device)
     if precision == "auto":
         precision = "bf16" if _computes_in_bf16(chosen) else "fp32"
+    elif precision == "bf16" and not _stands_bf16(chosen):
+        raise UserError(f"--precision bf16: {chosen.type} can't compute in it here; use --precision fp32, or auto")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     # cuDNN times its algorithms once for each shape: an epoch has two, the full batch and the last short one.
     torch.backends.cudnn.benchmark = True
     if chosen.type == "cpu":
         keep_freed_memory()
-    return Runtime(chosen, precision, processes.join(chosen.type == "cuda"))
+    return Runtime(chosen, precision, processes.join(chosen.type))
+
+
+def accelerator() -> str | None:
+    """The type of the accelerator that this torch can use here, "cuda", "mps", "xpu" ...; None where there is none."""
+    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else None
 
 
 def keep_freed_memory() -> None:
@@ -95,20 +110,70 @@ def keep_freed_memory() -> None:
         mallopt(mmap_threshold, 2**31 - 1)
 
 
-def _gpu(device: str) -> torch.device:
+def _gpu(kind: str, device: str) -> torch.device:
     """The GPU that --device names, else this process's; with its number, so that it equals its tensors' device."""
-    number, there = processes.local_rank(), torch.cuda.device_count()
-    if device.startswith("cuda:"):
-        number = int(device.removeprefix("cuda:"))
+    number, there = processes.local_rank(), torch.accelerator.device_count()
+    if ":" in device:
+        number = int(device.partition(":")[2])
         if processes.local_size() > 1:
-            raise UserError(f"--device {device}: under torchrun each process has a GPU of its own; use --device cuda")
+            raise UserError(f"--device {device}: under torchrun each process has a GPU of its own; use --device {kind}")
         if number >= there:
-            names = "only cuda:0" if there == 1 else f"cuda:0 to cuda:{there - 1}"
+            names = f"only {kind}:0" if there == 1 else f"{kind}:0 to {kind}:{there - 1}"
             raise UserError(f"--device {device}: there {'is' if there == 1 else 'are'} {names} ({there} in all)")
     elif number >= there:
-        raise UserError(f"--nproc_per_node is {processes.local_size()}, but there are {there} GPUs; start one for each")
-    torch.cuda.set_device(number)
-    return torch.device("cuda", number)
+        gpus = "is 1 GPU" if there == 1 else f"are {there} GPUs"
+        raise UserError(f"--nproc_per_node is {processes.local_size()}, but there {gpus}; start one for each")
+    if processes.size() > 1 and not processes.backend(kind):
+        raise UserError(f"{kind} devices can't work as several processes here; start one, or use --device cpu")
+    if kind != "mps":  # of which there is one
+        torch.get_device_module(kind).set_device(number)
+    return torch.device(kind, number)
+
+
+# What a device can do is asked of it, by doing it once: torch tells of few such things.
+
+
+@cache
+def widest(device: torch.device) -> torch.dtype:
+    """The most exact floating point type that the device has: float64, or float32, as on MPS and on some of Intel's."""
+    try:
+        torch.ones(1, dtype=torch.float64, device=device) + 1
+    except (TypeError, RuntimeError):
+        return torch.float32
+    return torch.float64
+
+
+@cache
+def has_fused(optimiser: type[torch.optim.Optimizer], device: torch.device) -> bool:
+    """Whether this optimiser of torch's can do its whole step on the device in one piece, as its option fused=True."""
+    weight = torch.nn.Parameter(torch.zeros(1, device=device))
+    weight.grad = torch.zeros_like(weight)
+    try:
+        optimiser([weight], lr=0.0, fused=True).step()
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return True
+
+
+@cache
+def takes_pinned_memory(device: torch.device) -> bool:
+    """Whether tensors go to the device faster from page-locked memory, nobody waiting for them."""
+    # Of the CPU's own memory nothing is sent. On MPS it is the same memory, and a copy that nobody waits for may read
+    # it when it is another tensor's already (https://github.com/pytorch/pytorch/issues/189690).
+    if device.type in ("cpu", "mps"):
+        return False
+    try:
+        torch.zeros(1).pin_memory().to(device, non_blocking=True)
+    except RuntimeError:
+        return False
+    return True
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor, on the CPU, sent to the device; nobody waits until it has arrived where the device allows that."""
+    if takes_pinned_memory(device):
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def say(message: str) -> None:
@@ -203,12 +268,15 @@ def compiled(network: torch.nn.Module, shape: tuple[int, ...], runtime: Runtime)
 
 def free_memory(device: torch.device) -> int:
     """Bytes that could be allocated on the device now; 0 where that can't be known."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    module = torch.get_device_module(device)
     try:
-        with open("/proc/meminfo") as lines:
-            return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
+        if device.type == "cpu":
+            with open("/proc/meminfo") as lines:
+                return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+        if device.type == "mps":
+            return max(0, module.recommended_max_memory() - module.driver_allocated_memory())
+        return module.mem_get_info(device)[0]
+    except (OSError, StopIteration, AttributeError, RuntimeError):
         return 0
 
 
@@ -238,15 +306,27 @@ def peak_memory(device: torch.device) -> int:
 
 def inference_batch(device: torch.device) -> int:
     """How many images to a batch where nothing is learnt: enough to fill the device, few enough to fit it."""
-    return 1000 if device.type == "cuda" else 250
+    return 250 if device.type in ("cpu", "mps") else 1000  # an Apple GPU's memory is the CPU's, of which there is less
 
 
 def _computes_in_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":  # where it can't be asked it is left to the user
+        return getattr(torch.get_device_module(device), "is_bf16_supported", lambda: False)()
     # torch has no public question for it.
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, lambda: False)() for name in names)
+
+
+def _stands_bf16(device: torch.device) -> bool:
+    """Whether the device can compute in bf16 at all, be it slowly."""
+    try:
+        with torch.autocast(device.type, torch.bfloat16):
+            a = torch.ones(1, 1, device=device)
+            return (a @ a).dtype == torch.bfloat16
+    except (TypeError, RuntimeError):
+        return False
 
 
 def _cpu_name() -> str:

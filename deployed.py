@@ -1,0 +1,325 @@
+"""A network as it leaves the project: RGB images as they are (uint8, of any size) in, logits out.
+
+What others run: an ONNX model, a program of torch.export (.pt2), or the bare weights (safetensors). All carry the
+names of the classes and what else a checkpoint's about.json tells. The optional packages are asked for by name.
+"""
+
+import copy
+import importlib
+import io
+import json
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+import checkpoint
+import jobs
+from data import Dataset, Split
+from models import FeatureStudent, folded
+from recipes import Recipe
+from util.images import ImageFiles
+from util.runtime import UserError, choose, inference_batch
+
+SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "safetensors": ".safetensors"}
+NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch": (), "safetensors": ("safetensors",)}
+LOBES = 3  # of Pillow's Lanczos filter, on either side
+TINY = 1e-7  # whose sinc is 1
+CALIBRATION_IMAGES = 512  # that the ranges of an int8 model's activations are measured on
+CALIBRATION_BATCH = 32
+
+About = dict[str, Any]
+Classify = Callable[[torch.Tensor], torch.Tensor]  # uint8 (N, H, W, 3) to logits, float32 (N, classes)
+
+
+class Opened(NamedTuple):
+    """A model from a file, and what the file says of it: classes, image_size, and more."""
+
+    classify: Classify
+    about: About
+
+
+def told_of(recipe: Recipe, trained: jobs.Trained, dataset: Dataset) -> About:
+    """What an export tells of the network, which `dataset` was loaded for: see checkpoint.save."""
+    own = trained.about or {
+        "network": recipe.built,
+        "stem": checkpoint.stem(trained.network.state_dict()) or "standard",
+    }
+    mean, std = trained.normalisation or (dataset.mean, dataset.std)
+    return {
+        "job": recipe.job,
+        "network": "student" if own["network"] == "feature_student" else own["network"],  # its projector stays here
+        "stem": own["stem"],
+        "classes": list(dataset.classes),
+        "image_size": dataset.image_size,
+        "mean": list(mean),
+        "std": list(std),
+    }
+
+
+class Preparation(nn.Module):
+    """uint8 (N, H, W, 3) to the network's input, float32 (N, 3, size, size): scaled, cut to a square, normalised.
+
+    As util.images.read_image does it with Pillow: Lanczos over the largest square around the centre, along the rows and
+    then the columns, each time rounded to whole grey values. An image that has the size already stays as it is. In
+    others a value differs by one now and then; and in images more than half as high again as wide, which newer versions
+    of Pillow scale along the columns first, by a few at sharp edges.
+    """
+
+    def __init__(self, size: int, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        self.size = size
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        height, width = images.shape[1:3]
+        side = torch.sym_min(height, width)
+        pixels = images.permute(0, 3, 1, 2).float()
+        pixels = _whole(pixels @ self._weights(width, side).T)
+        pixels = _whole(self._weights(height, side) @ pixels)
+        return (pixels / 255 - self.mean) / self.std
+
+    def _weights(self, length: int, side: int) -> torch.Tensor:
+        """How much of each pixel of a row is in each of the scaled one's: float32 (size, length)."""
+        scale, device = side / self.size, self.mean.device
+        centres = (length - side) / 2 + (torch.arange(self.size, dtype=torch.float32, device=device) + 0.5) * scale
+        pixels = torch.arange(length, dtype=torch.float32, device=device) + 0.5
+        x = (pixels - centres[:, None]) / torch.sym_max(scale, 1.0)  # wider where the image shrinks, against aliasing
+        x = torch.where(x == 0, TINY, x)  # of sinc's own 0 / 0 the NaN, though not used, would upset a calibration
+        weights = torch.where(x.abs() < LOBES, torch.sinc(x) * torch.sinc(x / LOBES), 0.0)
+        return weights / weights.sum(1, keepdim=True)
+
+
+def _whole(pixels: torch.Tensor) -> torch.Tensor:
+    return (pixels + 0.5).floor().clamp(0, 255)
+
+
+class Deployed(nn.Module):
+    """The network for inference alone, with its preparation: uint8 (N, H, W, 3) to logits, float32 (N, classes)."""
+
+    def __init__(self, network: nn.Module, about: About):
+        super().__init__()
+        self.prepare = Preparation(about["image_size"], about["mean"], about["std"])
+        self.network = folded(without_projector(network))
+        self.requires_grad_(False).eval()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.network(self.prepare(images)).logits
+
+
+def without_projector(network: nn.Module) -> nn.Module:
+    """A copy without what it was distilled through, which its logits do not depend on; the network's own names stay."""
+    network = copy.deepcopy(network)
+    if isinstance(network, FeatureStudent):
+        network.proj = nn.Identity()
+    return network
+
+
+def require(what: str, packages: tuple[str, ...]) -> None:
+    """Ask for the optional packages that lack, by name. Raises UserError."""
+    missing = []
+    for name in packages:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            missing.append(name)
+    if missing:
+        raise UserError(f"{what} needs {' and '.join(missing)}; pip install {' '.join(missing)}")
+
+
+# to bytes
+
+
+def content(form: str, network: nn.Module, about: About) -> bytes:
+    """The file of that form, a key of SUFFIXES. Raises UserError for a network that it can't take."""
+    if form == "safetensors":
+        return _safetensors(network, about)
+    try:
+        with _quiet():  # the exporters speak of themselves; what they wrote is checked
+            program = _program(Deployed(network, about))
+            return _onnx(program, about) if form == "onnx" else _pt2(program, about)
+    except Exception as error:  # tracing, translating and writing raise anything
+        reason = str(error).strip().partition("\n")[0]
+        title = about["network"]
+        raise UserError(f"{title} can't be written as {form} ({reason}); try --format safetensors") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without libraries' warnings, and their logs below errors."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _program(model: Deployed) -> torch.export.ExportedProgram:
+    sizes = {"images": {axis: torch.export.Dim(name) for axis, name in enumerate(("batch", "height", "width"))}}
+    return torch.export.export(model, (torch.zeros(2, 37, 41, 3, dtype=torch.uint8),), dynamic_shapes=sizes)
+
+
+def _onnx(program: torch.export.ExportedProgram, about: About) -> bytes:
+    names = {"input_names": ["images"], "output_names": ["logits"]}
+    model = torch.onnx.export(program, (), dynamo=True, verbose=False, **names).model_proto
+    model.doc_string = "images: uint8 (N, H, W, 3), RGB, of any size; logits: float32 (N, classes)"
+    return _with_metadata(model, about)
+
+
+def _with_metadata(model: Any, about: About) -> bytes:
+    for key, value in checkpoint.to_metadata(about).items():
+        model.metadata_props.add(key=key, value=value)
+    return model.SerializeToString()
+
+
+def _pt2(program: torch.export.ExportedProgram, about: About) -> bytes:
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer, extra_files={checkpoint.ABOUT: json.dumps(about)})
+    return buffer.getvalue()
+
+
+def _safetensors(network: nn.Module, about: About) -> bytes:
+    import safetensors.torch
+
+    state = without_projector(network).state_dict()
+    state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    return safetensors.torch.save(state, checkpoint.to_metadata(about))
+
+
+def quantised(model: bytes, split: Split, about: About) -> bytes:
+    """The ONNX model with int8 weights (a scale for each channel) and activations; the preparation stays as it is.
+
+    split: the training images; activations' ranges are measured on some hundred of them, taken evenly.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_static
+
+    number = min(len(split.labels), CALIBRATION_IMAGES)
+    index = torch.linspace(0, len(split.labels) - 1, number).long()  # image files come sorted by class
+    proto = onnx.load_from_string(model)
+    prepares = [node.name for node in proto.graph.node if not _is_of_the_network(node)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "int8.onnx")
+        images = _Calibration(pieces(split, index.split(CALIBRATION_BATCH)))
+        # Unsigned activations, as the kernels for x86 want them: signed ones take thrice as long there.
+        options = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8, "per_channel": True}
+        with _quiet():  # it advises to fold batch norms and infer shapes, which is done already
+            quantize_static(proto, path, images, nodes_to_exclude=prepares, **options)
+        proto = onnx.load(path)
+    del proto.metadata_props[:]
+    return _with_metadata(proto, about)
+
+
+def _is_of_the_network(node: Any) -> bool:
+    """Whether a node of an exported `Deployed` is of its network, by the modules that the exporter notes it was in."""
+    return any(note.key.endswith("name_scopes") and "'network" in note.value for note in node.metadata_props)
+
+
+class _Calibration:
+    """Images for onnxruntime, which asks for them batch by batch."""
+
+    def __init__(self, batches: Iterator[torch.Tensor]):
+        self._batches = batches
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        images = next(self._batches, None)
+        return None if images is None else {"images": images.numpy()}
+
+
+# from files
+
+
+def opened(path: Path, device: str, trust: bool = False) -> Opened:
+    """The model in the file: a checkpoint or weights of this project, or what `content` made of one.
+
+    device: as --device has it, of a checkpoint's network; the others run on the CPU. trust: open a .pt2 file at all,
+    which torch.export can't read as mere data. Raises UserError for a file that is missing, damaged, refused, or
+    doesn't say its classes.
+    """
+    if path.suffix in (".onnx", ".pt2"):
+        if not path.is_file():
+            raise UserError(f"{path} does not exist; export.py makes such files")
+        if device not in ("auto", "cpu"):
+            raise UserError(f"--device {device}: {path} runs on the CPU here; leave the flag away")
+    if path.suffix == ".onnx":
+        return _opened_onnx(path)
+    if path.suffix == ".pt2":
+        if not trust:
+            raise UserError(f"{path} could run code when it is opened: give --trust_pt2 if it is your own, or a .onnx")
+        return _opened_pt2(path)
+    _, about = checkpoint.read(path, "export.py and train.py make such files")
+    recipe = jobs.of_network(Recipe(path.name, path.stem, "student", 1, 1), _told(path, about)["network"])
+    return from_checkpoint(jobs.load(recipe, path), path, choose(device, "fp32").device)
+
+
+def from_checkpoint(trained: jobs.Trained, path: Path, device: torch.device) -> Opened:
+    """The trained network as it would be deployed. Raises UserError where its file doesn't say its classes."""
+    about = _told(path, trained.about)
+    model = Deployed(trained.network, about).to(device)
+
+    @torch.inference_mode()
+    def classify(images: torch.Tensor) -> torch.Tensor:
+        return model(images.to(device)).cpu()
+
+    return Opened(classify, about)
+
+
+def _opened_onnx(path: Path) -> Opened:
+    require(str(path), ("onnxruntime",))
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        about = checkpoint.from_metadata(session.get_modelmeta().custom_metadata_map)
+    except Exception as error:  # onnxruntime's own, which have no class in common
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{path} is damaged, or no ONNX model that onnxruntime can run: {reason}") from None
+    return Opened(
+        lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0]), _told(path, about)
+    )
+
+
+def _opened_pt2(path: Path) -> Opened:
+    extra = {checkpoint.ABOUT: ""}
+    try:
+        with _quiet():
+            model = torch.export.load(path, extra_files=extra).module()
+        about = json.loads(extra[checkpoint.ABOUT] or "null")
+    except Exception:  # of all kinds
+        raise UserError(f"{path} is damaged, or no program of torch.export") from None
+    return Opened(torch.inference_mode()(model), _told(path, about))
+
+
+def _told(path: Path, about: About | None) -> About:
+    if about is None or checkpoint.KEPT - about.keys():
+        raise UserError(f"{path} says nothing of its classes; give a checkpoint or an export of this project's")
+    return about
+
+
+# over many images
+
+
+def pieces(split: Split, parts: tuple[torch.Tensor, ...]) -> Iterator[torch.Tensor]:
+    """The split's images of each part (int64 indices), uint8 (B, H, W, 3)."""
+    if isinstance(split.images, ImageFiles):
+        return split.images.read(parts)
+    return (split.images[part] for part in parts)
+
+
+def logits_of(classify: Classify, split: Split, first: int | None = None) -> torch.Tensor:
+    """Logits (N, classes) of the split's images in order, or of so many of them."""
+    index = torch.arange(len(split.labels))[:first]
+    return torch.cat([classify(images) for images in pieces(split, index.split(inference_batch(torch.device("cpu"))))])

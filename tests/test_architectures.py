@@ -1,0 +1,174 @@
+"""Networks other than the rows' own: every loss on every kind of pair, and the flags that choose them."""
+
+import json
+from functools import cache
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import checkpoint
+import losses
+import models
+from recipes import Recipe
+from util.runtime import UserError
+
+PAIRS = [  # teacher and student, of all families; the first are of three stages, the VGGs and ResNet-18 of four
+    ("resnet32", "resnet20"),
+    ("resnet32x4", "shufflenetv2"),
+    ("wrn_40_1", "mobilenetv2"),
+    ("vgg13", "vgg8"),
+    ("resnet8x4", "shufflenetv1"),
+    ("resnet20", "resnet18"),
+    ("vgg8", "wrn_16_2"),
+]
+STAGEWISE = {"at", "vid", "reviewkd"}
+SIDE = 8
+
+
+def refused(ran, *words):
+    error = ran.err.splitlines()[-1]
+    assert ran.code == 2 and ": error: " in error and all(word in error for word in words), ran.err
+
+
+@cache
+def network(name):
+    torch.manual_seed(0)
+    return models.build(name, 5)
+
+
+@cache
+def taught(name):
+    """A teacher's outputs for four images, as engine.fit gets them."""
+    teacher = models.folded(network(name))
+    with torch.no_grad():
+        return teacher(images())._replace(head=teacher.classify, index=torch.tensor([6, 1, 4, 0]))
+
+
+def images():
+    return torch.randn(4, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("loss", losses.LOSSES)
+@pytest.mark.parametrize(("teacher", "student"), PAIRS, ids=lambda name: name)
+def test_every_loss_trains_every_pair(loss, teacher, student):
+    """Its gradient reaches the student and all that it learns, and steps leave all finite; else it is refused."""
+    pair = [models.shapes(network(name), SIDE, 10) for name in (student, teacher)]
+    settings = {"negatives": 4, "dimension": 8} if loss == "crd" else {}
+    recipe = Recipe("row", "row", "student", 1, 1, soft=loss, alpha=0.0, settings=settings)
+    torch.manual_seed(2)
+    learner, labels = models.build(student, 5), torch.tensor([0, 3, 1, 3])
+    if loss in STAGEWISE and len(pair[0].maps) != len(pair[1].maps):
+        with pytest.raises(UserError, match="stages"):
+            losses.Objective(recipe, *pair)(learner(images()), taught(teacher), labels, torch.tensor(0.0))
+        return
+    trained = torch.nn.ModuleDict({"learner": learner, "objective": losses.Objective(recipe, *pair)})
+    optimiser = torch.optim.Adam(trained.parameters(), lr=1e-3)
+    for _ in range(3):
+        terms = trained["objective"](learner(images()), taught(teacher), labels, torch.tensor(0.0))
+        optimiser.zero_grad()
+        terms["loss"].backward()
+        optimiser.step()
+    assert terms["loss"].isfinite() and all(value.isfinite().all() for value in trained.parameters())
+    reached = {name for name, value in trained.named_parameters() if value.grad is not None and value.grad.any()}
+    assert reached & {f"learner.{name}" for name, value in learner.named_parameters() if value.ndim == 4}
+    assert reached >= {f"objective.{name}" for name, _ in trained["objective"].named_parameters()}
+
+
+def test_a_projector_for_any_pair():
+    """What a feature student has for a ResNet-50, any student gets from the loss, in the shapes of the two networks."""
+    student, teacher = network("resnet20"), taught("resnet32x4")
+    pair = [models.shapes(network(name), SIDE, 10) for name in ("resnet20", "resnet32x4")]
+    objective = losses.Objective(Recipe("row", "row", "student", 1, 1, soft="mse", alpha=0.0, gamma=0.5), *pair)
+    assert objective.projector.weight.shape == (256, 64, 1, 1)
+    outputs, labels = student(images()), torch.tensor([0, 3, 1, 3])
+    terms = objective(outputs, teacher, labels, torch.tensor(0.0))
+    projected = objective.projector(outputs.last_map)
+    torch.testing.assert_close(terms["mse"], F.mse_loss(projected, teacher.last_map))
+    torch.testing.assert_close(terms["s2t"], F.cross_entropy(teacher.head(projected), labels))
+    own = models.shapes(network("feature_student"), SIDE, 1)
+    recipe = Recipe("row", "row", "feature_student", 1, 1, soft="mse")
+    assert losses.Objective(recipe, own, models.shapes(network("teacher"), SIDE, 1)).projector is None
+    with pytest.raises(UserError, match="2048 channels, the teacher's map has 256; give --student_arch"):
+        losses.Objective(recipe, own, pair[1])
+
+
+def test_two_other_networks_from_the_flags_to_the_test(script, small, tmp_path):
+    few = [*small, "--epochs", 1]
+    assert script("train.py", "--model_job", "teacher", "--teacher_arch", "resnet8x4", *few).code == 0
+    pair = ["--teacher_arch", "resnet8x4", "--student_arch", "vgg8"]
+    ran = script("train_distillation.py", "--model_job", "distillation_LDH6", *pair, *few)
+    assert ran.code == 0, ran.err
+    folder = tmp_path / "checkpoints" / "folder"
+    name = "distillation_LDH6_resnet8x4_vgg8"
+    assert {path.name for path in folder.glob("*.pth")} == {"teacher_resnet8x4.pth", f"{name}.pth"}
+    assert not any(key.startswith("proj") for key in torch.load(folder / f"{name}.pth", weights_only=True))
+    tested = ran.out.splitlines()[-2:]
+    for flags in (["--model_job", name], ["--model_job", "distillation_LDH6", *pair]):
+        assert script("test.py", *flags, *small).out.splitlines() == tested
+    result = json.loads((tmp_path / "results" / "folder" / f"{name}_seed0.json").read_text())
+    assert (result["recipe"]["network"], result["recipe"]["arch"], result["stem"]) == (
+        "feature_student",
+        "vgg8",
+        "small",
+    )
+
+    # The file itself tells which network it holds.
+    ran = script("train_distillation.py", "--loss", "at", "--teacher", folder / "teacher_resnet8x4.pth", *few)
+    refused(ran, "stages")
+    ran = script("train_distillation.py", "--loss", "sp", "--teacher", folder / "teacher_resnet8x4.pth", *few)
+    assert ran.code == 0 and (folder / "sp_alpha0.7_resnet8x4.pth").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--model_job", "student", "--teacher_arch", "resnet56"], ["--teacher_arch", "leave the flag away"]),
+        (["--model_job", "teacher", "--student_arch", "resnet20"], ["--student_arch"]),
+        (["--model_job", "student", "--student_arch", "resnet21"], ["resnet21", "resnet20"]),
+        (
+            ["--model_job", "student", "--student_arch", "resnet20", "--stem", "standard"],
+            ["--stem standard", "resnet20"],
+        ),
+        (["--model_job", "student", "--student_arch", "resnet20", "--weights", "imagenet"], ["has none for resnet20"]),
+    ],
+)
+def test_networks_that_cannot_be_had(script, small, tmp_path, flags, words):
+    refused(script("train.py", *flags, *small, "--epochs", 1), *words)
+    assert not (tmp_path / "results").exists() or not list((tmp_path / "results").rglob("*.json"))
+
+
+def test_a_checkpoint_of_another_network(script, small, tmp_path):
+    torch.save(network("resnet32").state_dict(), tmp_path / "deep.pth")
+    flags = ["--model_job", "teacher", "--checkpoint", tmp_path / "deep.pth"]
+    refused(script("test.py", *flags, "--teacher_arch", "resnet20", *small), "does not fit", "layer1.3")
+    refused(script("test.py", *flags, *small), "network of another kind", "ResNet-50")
+    checkpoint.save(
+        network("resnet32"),
+        tmp_path / "deep.pth",
+        {
+            "network": "resnet32",
+            "stem": "small",
+            "classes": list("abcde"),
+            "image_size": 8,
+            "mean": [0.5] * 3,
+            "std": [0.2] * 3,
+        },
+    )
+    refused(script("test.py", *flags, "--teacher_arch", "resnet20", *small), "holds a resnet32, not the resnet20")
+
+
+def test_statistics_of_a_teacher(script, small, small_teacher, tmp_path):
+    """The teacher sees its images normalised as it is told; a run so told is another run."""
+
+    def top1(*flags):
+        return script("test.py", "--model_job", "teacher", "--checkpoint", small_teacher, *small, *flags).out
+
+    assert top1() != top1("--teacher_mean", "imagenet", "--teacher_std", "0.9,0.8,0.01")
+    flags = ["train_distillation.py", "--teacher", small_teacher, *small, "--epochs", 1]
+    assert script(*flags, "--teacher_mean", "0.5,0.5,0.5", "--teacher_std", "imagenet").code == 0
+    refused(script(*flags), "teacher.normalisation")
+    refused(script(*flags, "--teacher_mean", "0.5,0.5,0.5"), "belong together")
+    refused(script(*flags, "--teacher_mean", "0.5,0.5", "--teacher_std", "imagenet"), "three numbers")
+    told = script(*flags, "--name", "fed_wrongly", "--teacher_mean", "9,9,9", "--teacher_std", "imagenet")
+    assert "--teacher_mean" in told.err and "by chance" in told.err

@@ -1,0 +1,288 @@
+"""Exports: the checkpoint's own figures from every format, metadata, images of any size; errors; the card."""
+
+import json
+import re
+import sys
+import zipfile
+
+import as_processes
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+import checkpoint
+import data
+import deployed
+import jobs
+import measures
+import models
+from recipes import RECIPES
+from report import results
+from util.runtime import UserError
+
+NEEDED = {"onnx": ["onnx", "onnxscript", "onnxruntime"], "torch": [], "safetensors": ["safetensors"]}
+DIGITS = ["--dataset", "digits", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def thin():
+    """All networks thin."""
+    with pytest.MonkeyPatch.context() as patch:
+        as_processes.thin(patch.setattr)
+        yield
+
+
+@pytest.fixture(scope="module")
+def student(thin, digits, cpu, tmp_path_factory):
+    """The checkpoint of a thin feature student of the digits, and its top-1."""
+    setup = jobs.Setup(digits, cpu, tmp_path_factory.mktemp("student"), tmp_path_factory.mktemp("results"))
+    recipe = RECIPES["student"]
+    torch.manual_seed(0)
+    network = models.build("feature_student", 10)
+    batches = data.Batches(digits.train, digits.mean, digits.std, 64, cpu.device, shuffle=True)
+    optimiser = torch.optim.Adam(network.parameters(), lr=3e-3)
+    for epoch in range(6):
+        for group in optimiser.param_groups:
+            group["lr"] = 3e-3 * (1 - epoch / 6)
+        for batch in batches.epoch(epoch):
+            optimiser.zero_grad()
+            torch.nn.functional.cross_entropy(network(batch.images).logits, batch.labels).backward()
+            optimiser.step()
+    about = {**jobs.about(recipe, setup, {}), "network": "feature_student"}
+    path = setup.checkpoint_dir / "resnet18.pth"
+    checkpoint.save(network, path, about)
+    top1 = jobs.evaluate(network, digits, cpu)["top1"]
+    assert top1 > 90
+    return path, top1
+
+
+@pytest.fixture(scope="module", autouse=True)
+def once():
+    """Let each file be made once in all: tracing a network takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        made, content = {}, deployed.content
+
+        def kept(form, network, about):
+            key = form, about["job"]
+            made[key] = made[key] if key in made else content(form, network, about)
+            return made[key]
+
+        patch.setattr(deployed, "content", kept)
+        yield content
+
+
+def export(script, student, form, out, *flags):
+    return script(
+        "export.py", "--model_job", "distillation_LDH6", "--checkpoint", student[0], "--format", form, "--out", out,
+        *DIGITS, *flags,
+    )  # fmt: skip
+
+
+def refused(ran, *words):
+    assert ran.code == 2 and len(ran.err.splitlines()) == 1, ran
+    for word in words:
+        assert word in ran.err, ran.err
+    assert "Traceback" not in ran.err
+
+
+def top1s(ran):
+    """The checkpoint's as test.py prints it, then those of what was exported."""
+    assert ran.code == 0, ran.err
+    return [float(figure) for figure in re.findall(r"Top-1 test Accuracy: ([\d.]+)%", ran.out)]
+
+
+def told(path):
+    """The metadata of an exported file, as its own library reads it."""
+    if path.suffix == ".pt2":
+        with zipfile.ZipFile(path) as archive:
+            name = next(name for name in archive.namelist() if name.endswith("extra/about.json"))
+            return json.loads(archive.read(name))
+    if path.suffix == ".onnx":
+        import onnx
+
+        return {entry.key: json.loads(entry.value) for entry in onnx.load(path).metadata_props}
+    import safetensors
+
+    with safetensors.safe_open(path, "pt") as file:
+        return {key: json.loads(value) for key, value in file.metadata().items()}
+
+
+@pytest.mark.parametrize(("form", "suffix"), [("onnx", ".onnx"), ("torch", ".pt2"), ("safetensors", ".safetensors")])
+def test_an_export_is_the_checkpoint(script, student, digits, tmp_path, form, suffix):
+    for package in NEEDED[form]:
+        pytest.importorskip(package)
+    out = tmp_path / f"student{suffix}"
+    ran = export(script, student, form, out)
+    assert top1s(ran) == pytest.approx([student[1]] * 2)
+    assert "written" in ran.err and len(ran.err.splitlines()) == 1
+    about = told(out)
+    assert about["classes"] == list("0123456789") and about["image_size"] == 8 and about["job"] == "distillation_LDH6"
+    assert (about["mean"], about["std"]) == (list(digits.mean), list(digits.std)) and about["network"] == "student"
+    before = out.read_bytes()
+    assert b"proj.weight" not in before
+    refused(export(script, student, form, out), str(out), "--overwrite")
+    assert out.read_bytes() == before
+    if form == "safetensors":  # is a checkpoint itself
+        ran = script("test.py", "--model_job", "student", "--checkpoint", out, *DIGITS)
+        assert top1s(ran) == pytest.approx([student[1]])
+    else:
+        opened = deployed.opened(out, "cpu", trust=True)
+        model = deployed.Deployed(jobs.load(RECIPES["distillation_LDH6"], student[0]).network, about)
+        for shape in ((1, 8, 8, 3), (3, 31, 50, 3), (1, 1, 70, 3)):
+            images = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+            assert torch.allclose(opened.classify(images), model(images), atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["onnx", "torch", "safetensors"])
+def test_an_export_predicts_as_the_checkpoint_does(script, student, digits, tmp_path, form):
+    for package in NEEDED[form]:
+        pytest.importorskip(package)
+    out, shown = tmp_path / f"x{deployed.SUFFIXES[form]}", tmp_path / "images"
+    assert export(script, student, form, out).code == 0
+    shown.mkdir()
+    for k, side in enumerate((8, 24, 11)):
+        Image.fromarray(digits.test.images[k].numpy()).resize((side, side + k)).save(shown / f"{k}.png")
+    trust = ["--trust_pt2"] * (form == "torch")
+    ran = script("predict.py", "--model", out, shown, *trust)
+    assert ran.code == 0 and ran.out == script("predict.py", "--model", student[0], shown, "--device", "cpu").out
+    assert len(ran.out.splitlines()) == 3 and ran.out.count("\t") == 15
+    if trust:
+        refused(script("predict.py", "--model", out, shown), "could run code", "--trust_pt2")
+
+
+def test_int8(script, student, tmp_path):
+    for package in NEEDED["onnx"]:
+        pytest.importorskip(package)
+    out = tmp_path / "student.onnx"
+    whole, exported, int8 = top1s(export(script, student, "onnx", out, "--int8"))
+    assert whole == exported and abs(int8 - whole) <= 1
+    import onnx
+
+    nodes = onnx.load(out).graph.node
+    made_int8 = {name for node in nodes if node.op_type == "DequantizeLinear" for name in node.output}
+    kinds = {node.op_type for node in nodes if made_int8 & set(node.input)}
+    assert "Conv" in kinds and "Gemm" in kinds and not kinds & {"MatMul", "Sin"}  # the images are scaled in fp32
+    assert told(out)["classes"] == list("0123456789")
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (224, 300), (500, 90), (20, 17), (1, 40), (1, 1), (700, 700)])
+def test_images_are_prepared_as_in_training(shape):
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8))
+    noise = rng.integers(-40, 41, (*shape, 3))
+    pixels = (np.asarray(small.resize(shape[::-1])) + noise).clip(0, 255).astype(np.uint8)
+    expected = np.asarray(ImageOps.fit(Image.fromarray(pixels), (32, 32), Image.Resampling.LANCZOS)).astype(int)
+    prepare = deployed.Preparation(32, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    prepared = 255 * prepare(torch.from_numpy(pixels)[None])[0].permute(1, 2, 0).double().numpy()
+    difference = np.abs(prepared - expected)
+    if shape[0] > 1.5 * shape[1]:  # whose passes Pillow may do the other way round
+        assert difference.max() <= 8 and difference.mean() < 0.3
+    else:
+        assert difference.max() <= (1e-4 if shape == (32, 32) else 1 + 1e-4) and (difference > 0.5).mean() < 0.01
+
+
+# what is refused
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """Let the package be missing."""
+
+    def remove(name):
+        monkeypatch.setitem(sys.modules, name, None)
+
+    return remove
+
+
+@pytest.mark.parametrize(("form", "package"), [(form, package) for form in NEEDED for package in NEEDED[form]])
+def test_a_missing_package_is_asked_for(script, student, tmp_path, without, form, package):
+    for other in NEEDED[form]:
+        if other != package:
+            pytest.importorskip(other)
+    without(package)
+    refused(export(script, student, form, tmp_path / "x"), f"needs {package}; pip install {package}")
+
+
+def test_bad_flags(script, student, tmp_path):
+    refused(export(script, student, "torch", tmp_path / "x.onnx"), "x.onnx", ".pt2")
+    refused(export(script, student, "torch", tmp_path / "x.pt2", "--int8"), "--int8", "--format onnx")
+    refused(export(script, student, "torch", tmp_path / "x.pt2", "--precision", "bf16"), "--precision")
+    refused(export(script, (tmp_path / "no.pth",), "torch", tmp_path / "x.pt2"), "no.pth does not exist", "make it")
+    (tmp_path / "file").write_text("")
+    refused(export(script, student, "torch", tmp_path / "file" / "x.pt2"), "cannot write", "--out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_an_export_that_differs_is_not_written(script, student, tmp_path, monkeypatch):
+    logits_of, asked = deployed.logits_of, []
+
+    def wrong(*args):
+        asked.append(args)
+        return logits_of(*args) + 0.001 * (len(asked) % 2)
+
+    monkeypatch.setattr(deployed, "logits_of", wrong)
+    monkeypatch.setattr(deployed, "content", lambda *args: student[0].read_bytes())
+    ran = export(script, student, "safetensors", tmp_path / "x.safetensors")
+    assert ran.code == 2 and "differ from the checkpoint's by 1.0e-03: nothing was written" in ran.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_that_cannot_be_exported(student, once, monkeypatch):
+    def fail(*args, **options):
+        raise RuntimeError("no such operator\nand a page more")
+
+    monkeypatch.setattr(torch.export, "export", fail)
+    trained = jobs.load(RECIPES["distillation_LDH6"], student[0])
+    with pytest.raises(UserError, match=r"^feature_student can't be written as torch \(no such operator\); try"):
+        once("torch", trained.network, trained.about)
+
+
+# the card
+
+
+def test_a_card(script, thin, student, scaled_like_trained, tmp_path, digits, monkeypatch):
+    monkeypatch.setattr(measures, "SECONDS", 0.01)
+    torch.manual_seed(1)
+    teacher = tmp_path / "teacher.pth"
+    checkpoint.save(scaled_like_trained(models.build("teacher", 10)), teacher)
+    flags = ["--checkpoint", student[0], "--teacher", teacher, "--results_dir", tmp_path / "r"]
+    ran = script("card.py", "--model_job", "my_seed_run", *flags, *DIGITS)
+    assert ran.code == 0, ran.err
+    page = (tmp_path / "r" / "my_seed_run_card.md").read_text()
+    card = json.loads((tmp_path / "r" / "my_seed_run_card.json").read_text())
+    assert ran.out == page
+    assert card["student"]["top1"] == pytest.approx(student[1]) and card["test_images"] == 297
+    assert f"| top-1, % | {card['teacher']['top1']:.2f} | {student[1]:.2f} |" in page
+    assert card["device"] in page and "threads" in card["device"]
+    plain = models.build("student", 10)
+    assert card["student"]["parameters"] == sum(value.numel() for value in plain.parameters())
+    assert card["student"]["megabytes"] == student[0].stat().st_size / 1e6
+    assert card["student"]["network"] == "ResNet-18" and card["teacher"]["network"] == "ResNet-50"
+    assert all(card[side][key] > 0 for side in ("teacher", "student") for key in ("latency_ms", "images_per_second"))
+    assert 0 <= card["agreement"] <= 100
+    with pytest.raises(UserError, match="holds no results"):  # a card is none, whatever its run's name
+        results.read(tmp_path / "r")
+
+
+def test_multiply_adds_are_those_of_the_convolutions(cpu, monkeypatch):
+    monkeypatch.setattr(measures, "SECONDS", 0.01)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3, padding=1), torch.nn.Flatten(), torch.nn.Linear(80, 2))
+    figures = measures.cost(network, 4, cpu)
+    assert figures["multiply_adds"] == 4 * 4 * 5 * 3 * 9 + 80 * 2
+
+
+def test_calibration_error():
+    """One bin of 3 images at 0.8 which are all right, another of 1 at 0.95 which is wrong."""
+    p = torch.tensor([[0.8, 0.2], [0.8, 0.2], [0.8, 0.2], [0.05, 0.95]], dtype=torch.float64)
+    labels = torch.tensor([0, 0, 0, 0])
+    expected = 100 * (3 * abs(1 - 0.8) + 0.95) / 4
+    assert measures.calibration_error(p.log(), labels) == pytest.approx(expected)
+    assert measures.calibration_error(torch.tensor([[50.0, -50.0]]), labels[:1]) == pytest.approx(0)
+
+
+def test_the_classes_where_the_student_loses_most():
+    eye = torch.eye(4)
+    labels = torch.tensor([0, 0, 1, 1, 2, 2])
+    teacher, student = eye[[0, 0, 1, 1, 3, 3]], eye[[0, 3, 3, 3, 2, 2]]
+    assert measures.lost_most(student, teacher, labels) == [(1, 2, 100.0, 0.0), (0, 2, 100.0, 50.0)]
