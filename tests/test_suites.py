@@ -12,7 +12,9 @@ from matplotlib.image import imread
 from test_report import CIFAR, TEN, put
 from test_scripts import refused
 
+import checkpoint
 import losses
+import models
 import report
 import suites
 from losses import LOSSES
@@ -231,10 +233,12 @@ def test_plots_are_files(tmp_path):
 # For real
 
 
-def test_a_suite_from_beginning_to_end(script, small, small_teacher, tmp_path, monkeypatch):
+def test_a_suite_from_beginning_to_end(script, small, tmp_path, monkeypatch):
     thin(monkeypatch.setattr)
+    teacher = tmp_path / "my_teacher.pth"
+    checkpoint.save(models.build("teacher", 4), teacher)
     command = ["reproduce.py", *small, "--suite", "losses", "--jobs", "fitnet", "student", "kd", "mse"]
-    command += ["--teacher", small_teacher, "--epochs", 1, "--batch_size", 20, "--seeds", 1, 0]
+    command += ["--teacher", teacher, "--epochs", 1, "--batch_size", 20, "--seeds", 1, 0]
     ran = script(*command)
     assert ran.code == 0, ran.err
     titles = [line for line in ran.err.splitlines() if line.endswith(": 1 epochs")]
