@@ -231,6 +231,6 @@ def _settings(suite: Suite, name: str) -> str:
     recipe, loss = suite.first(name).recipe, suite.loss(name)
     values = {} if loss in suite.scheduled else {"alpha": recipe["alpha"]}
     values |= {key: value for key, value in recipe.items() if key not in NO_SETTINGS}
-    if recipe.get("weight") is not None:
+    if recipe.get("weight") not in (None, 1):
         values["weight"] = recipe["weight"]
     return f"{loss} ({', '.join(f'{key} {value}' for key, value in values.items())})" if values else loss
