@@ -264,10 +264,10 @@ def renamed(recipe: Recipe, parts: list[str]) -> Recipe:
 
 def add_loss_flags(parser: Parser) -> None:
     """Flags of the loss: its name, its weights, the schedule of alpha, and every setting that some loss has."""
-    group = parser.add_argument_group("the loss: alpha CE + (1 - alpha) soft + beta MSE + gamma S2T")
+    group = parser.add_argument_group("the loss: alpha CE + (1 - alpha) weight soft + beta MSE + gamma S2T")
     group.add_argument("--loss", choices=losses.LOSSES, help="the soft loss of a run that is no job's; see --list")
     group.add_argument("--list", action=List, help="list losses, schedules, networks and jobs, a line each")
-    add_recipe_flags(group, ["alpha", "beta", "gamma"])
+    add_recipe_flags(group, ["alpha", "weight", "beta", "gamma"])
     group.add_argument(
         "--schedule",
         choices=["constant", *losses.ALPHA_SCHEDULES],
@@ -291,6 +291,7 @@ class List(argparse.Action):
     def __call__(self, parser: Parser, *_) -> NoReturn:
         for name, loss in losses.LOSSES.items():
             settings = ", ".join(f"--{key} {setting.default:g}" for key, setting in loss.settings.items())
+            settings = ", ".join(filter(None, [settings, f"--weight {loss.weight:g}"]))
             needs = "its settings tell what" if callable(loss.needs) else ", ".join(loss.needs) or "its head"
             learns = "; learns parts of its own" * (loss.parts is not None)
             print(f"loss      {name:10} of the teacher: {needs}{learns}{f'; {settings}' if settings else ''}")
@@ -436,7 +437,7 @@ def distilled(args: argparse.Namespace, teacher: Recipe) -> Recipe:
 
 def _name_of(recipe: Recipe) -> str:
     """A name for a run's files made from its loss: with another loss, alpha or setting it is another name."""
-    weights = {"beta": recipe.beta, "gamma": recipe.gamma}
+    weights = {"weight": recipe.weight, "beta": recipe.beta, "gamma": recipe.gamma}
     parts = [recipe.soft, recipe.alpha if isinstance(recipe.alpha, str) else f"alpha{recipe.alpha:g}"]
     parts += [f"{key}{value:g}" for key, value in {**recipe.settings, **weights}.items() if value]
     return re.sub(r"[^\w.]+", "_", "_".join(parts))
@@ -458,6 +459,7 @@ def override(recipe: Recipe, args: argparse.Namespace) -> Recipe:
     settings = {name: getattr(args, name) for name in _settings() if getattr(args, name, None) is not None}
     recipe = replace(recipe, **given, settings={**recipe.settings, **settings})
     losses.settings_of(recipe)
+    losses.weight_of(recipe)
     return recipe
 
 

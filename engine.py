@@ -1,7 +1,6 @@
 """The one training loop and the one evaluation. Neither knows which experiment runs."""
 
 import base64
-import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -50,7 +49,9 @@ def optimise(
     return kind(parameters, fused=has_fused(kind, parameters[0].device), **options)
 
 
-adam = functools.partial(optimise, torch.optim.Adam)
+def adam(parameters: Iterator[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """Adam as PyTorch has it."""
+    return optimise(torch.optim.Adam, parameters)
 
 
 def fit(

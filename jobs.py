@@ -135,7 +135,7 @@ def identity(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> dict[str,
         "augment": _augments(recipe, setup),
         "precision": setup.runtime.precision,
         "batch_norm": _batch_norm(setup),
-        "recipe": described(replace(recipe, settings=losses.settings_of(recipe))),
+        "recipe": described(replace(recipe, settings=losses.settings_of(recipe), weight=losses.weight_of(recipe))),
         "stem": stem_of(recipe, setup),
         "weights": start_of(recipe, setup),
         "teacher": teacher

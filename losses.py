@@ -41,6 +41,8 @@ class Loss:
         teacher's head and the images' index always are.
     settings: by name; each is a flag of train_distillation.py as well.
     projects: it looks at the student's projected map, which a feature student has.
+    weight: what it is multiplied with unless a recipe says otherwise: the published weight beside a cross-entropy of
+        weight 1, where it is far from 1.
     parts: (student's shapes, teacher's shapes, **settings) -> what the loss itself learns and remembers. It is trained
         with the student, kept in the state of an unfinished run, and no part of the student's checkpoint.
     remembers: its parts remember single images, so that it has no use for mixtures of two.
@@ -50,6 +52,7 @@ class Loss:
     needs: tuple[str, ...] | Callable[..., tuple[str, ...]] = ("logits",)
     settings: dict[str, Setting] = field(default_factory=dict)
     projects: bool = False
+    weight: float = 1.0
     parts: Callable[..., nn.Module] | None = None
     remembers: bool = False
 
@@ -489,10 +492,11 @@ LOSSES: dict[str, Loss] = {
         fitnet,
         needs=lambda stage: (f"stage{stage}",),
         settings={"stage": Setting(2, STAGE, "the stage whose maps are compared")},
+        weight=100.0,
         parts=hint_regressor,
     ),
-    "at": Loss(at, needs=("stages",)),
-    "sp": Loss(sp, needs=("last_map",)),
+    "at": Loss(at, needs=("stages",), weight=1000.0),
+    "sp": Loss(sp, needs=("last_map",), weight=3000.0),
     "rkd": Loss(
         rkd,
         needs=("last_map",),
@@ -501,7 +505,7 @@ LOSSES: dict[str, Loss] = {
             "angle_weight": Setting(50.0, NOT_NEGATIVE, "weight of the angles between images"),
         },
     ),
-    "pkt": Loss(pkt, needs=("last_map",)),
+    "pkt": Loss(pkt, needs=("last_map",), weight=30000.0),
     "vid": Loss(
         vid,
         needs=("stages",),
@@ -520,6 +524,7 @@ LOSSES: dict[str, Loss] = {
             "bank_momentum": Setting(0.5, FRACTION, "what stays of a remembered embedding when a new one comes"),
             "dimension": Setting(128, COUNT, "of the embeddings"),
         },
+        weight=0.8,
         parts=Contrast,
         remembers=True,
     ),
@@ -534,6 +539,18 @@ def terms_of(recipe: Recipe) -> dict[str, Loss]:
         raise UserError(f"{recipe.job}: there is no loss {unknown[0]}; there are {', '.join(LOSSES)}")
     names += ["mse"] * (recipe.beta > 0) + ["s2t"] * (recipe.gamma > 0)
     return {name: LOSSES[name] for name in names}
+
+
+def weight_of(recipe: Recipe) -> float | None:
+    """The weight of the recipe's soft loss, the recipe's own or else the loss's; None without one.
+
+    Raises UserError for a weight of no loss.
+    """
+    if recipe.soft is None:
+        if recipe.weight is not None:
+            raise UserError(f"--weight: {recipe.job} has no soft loss; leave the flag away")
+        return None
+    return LOSSES[recipe.soft].weight if recipe.weight is None else recipe.weight
 
 
 def needs_of(recipe: Recipe) -> frozenset[str]:
@@ -566,15 +583,17 @@ def settings_of(recipe: Recipe) -> dict[str, float]:
 
 
 class Objective(nn.Module):
-    """A recipe's loss, alpha CE + (1 - alpha) soft + beta MSE + gamma S2T; its parameters are what its terms learn.
+    """A recipe's loss, alpha CE + (1 - alpha) weight soft + beta MSE + gamma S2T; it learns what its terms learn.
 
-    student, teacher: the shapes of their outputs; None for a recipe without a teacher.
+    Where the schedule of alpha is one of SUMS, the weight of CE is 1 instead. student, teacher: the shapes of their
+    outputs; None for a recipe without a teacher.
     """
 
     def __init__(self, recipe: Recipe, student: Shapes | None = None, teacher: Shapes | None = None):
         super().__init__()
         terms, settings = terms_of(recipe), settings_of(recipe)
         self.soft, self.beta, self.gamma = recipe.soft, recipe.beta, recipe.gamma
+        self.weight, self.sums = weight_of(recipe), recipe.alpha in SUMS
         self.smoothing = TRAININGS[recipe.training].label_smoothing
         self.terms = {name: (loss.function, loss.own(settings)) for name, loss in terms.items()}
         if student and teacher:
@@ -610,9 +629,9 @@ class Objective(nn.Module):
         if self.projector:
             student = student._replace(projected=self.projector(student.last_map))
         values = {name: self._term(name, student, teacher, labels) for name in self.terms}
-        total = alpha * hard
+        total = hard if self.sums else alpha * hard
         if self.soft:
-            total = total + (1 - alpha) * values[self.soft]
+            total = total + (1 - alpha) * self.weight * values[self.soft]
         if self.beta:
             total = total + self.beta * values["mse"]
         if self.gamma:
@@ -664,6 +683,18 @@ ALPHA_SCHEDULES: dict[str, Schedule] = {
 }
 ALPHA_SCHEDULES |= {f"{name}, descending": _descending(schedule) for name, schedule in ALPHA_SCHEDULES.items()}
 
+# CE + (1 - alpha) weight soft, CE with the weight 1: how most papers add their loss.
+SUMS: dict[str, Schedule] = {
+    "sum": lambda epochs, n: torch.zeros(epochs, n),
+    "sum, warm-up": lambda epochs, n: 1 - _warm_up(epochs).unsqueeze(1).expand(epochs, n),
+}
+ALPHA_SCHEDULES |= SUMS
+
+
+def _warm_up(epochs: int) -> torch.Tensor:
+    """min((e + 1) / (E / 12), 1): over the first 20 epochs of the field's 240."""
+    return (torch.arange(1, epochs + 1) / max(1, epochs / 12)).clamp(max=1)
+
 
 def alpha_schedule(alpha: float | str, epochs: int, iterations: int) -> torch.Tensor:
     """The weight of the hard labels at every step: float32 (epochs, iterations per epoch), values in [0, 1].
@@ -672,7 +703,9 @@ def alpha_schedule(alpha: float | str, epochs: int, iterations: int) -> torch.Te
     "per epoch" e / (E - 1); "per iteration" k / (E n - 1), with k = e n + i; "each epoch" i / (n - 1) in every epoch
     anew; "first epoch" i / (n - 1) during the first epoch and 1 after it, or, by its longer names, what they say;
     "cosine" (1 - cos(pi k / (E n - 1))) / 2. Where a schedule has one single step, it is 1 there. Each is there as
-    "<name>, descending" as well, which is 1 minus it: the hard labels first.
+    "<name>, descending" as well, which is 1 minus it: the hard labels first. Of SUMS, where the hard labels weigh 1, it
+    is 1 minus the share of the soft loss: 0 in "sum"; in "sum, warm-up" that share grows by equal parts in the first
+    twelfth of the epochs.
     """
     if isinstance(alpha, str):
         return ALPHA_SCHEDULES[alpha](epochs, iterations).float()

@@ -32,12 +32,13 @@ def _flag(bound: Bound, words: str | None = None, **default) -> Any:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One experiment: the network trained and its loss, alpha CE + (1 - alpha) soft + beta MSE + gamma S2T.
+    """One experiment: the network trained and its loss, alpha CE + (1 - alpha) weight soft + beta MSE + gamma S2T.
 
     network: a name in models.NETWORKS: "teacher", "student", "feature_student".
     arch: of another network in its place, by a name that models.build knows; None for the row's own.
     soft: name of the distillation loss in losses.LOSSES that (1 - alpha) weighs; None for hard labels only.
     alpha: the weight of the hard labels, a number or the name of a schedule in losses.ALPHA_SCHEDULES.
+    weight: of the soft loss; None for the loss's own, see losses.LOSSES.
     settings: of the losses, where they are not the losses' own defaults, like {"T": 2.0}, the temperature of KD.
     reference: figures to compare with, where there are any.
     training: a name in TRAININGS; `under` gives a recipe another than the reference's.
@@ -59,6 +60,7 @@ class Recipe:
     batch_size: int = _flag(COUNT, default=256)
     training: str = "reference"
     arch: str | None = None
+    weight: float | None = _flag(POSITIVE, "of the soft loss; default: its own, see --list", default=None)
     suite: str = ""
     claimed: Claim | None = None
 

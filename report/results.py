@@ -59,6 +59,7 @@ class RecipeValues(_RecipeValues, total=False):
     scheduler_step: int
     training: str
     arch: str | None
+    weight: float | None
 
 
 class Claimed(TypedDict):
@@ -160,6 +161,7 @@ class Result:
         if flaw:
             raise UserError(f"{path} is no whole result ({flaw} is missing or wrong); delete it and run its job again")
         values["data"].setdefault("val_images", 0)
+        values["recipe"].setdefault("weight", 1.0 if values["recipe"]["soft"] else None)
         return cls(**{part.name: values[part.name] for part in fields(cls) if part.name in values})
 
     def write(self, path: Path) -> None:

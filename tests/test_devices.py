@@ -202,7 +202,7 @@ def test_training_and_testing_where_the_device_lacks_much(digits, cpu, monkeypat
     def figures():
         torch.manual_seed(0)
         network = models.build("student", CLASSES)
-        fit = {"alpha": torch.ones(1, 2), "learning_rate": lambda epoch: 1e-3, "runtime": cpu}
+        fit = {"alpha": torch.ones(1, 2), "learning_rate": lambda epoch, iteration: 1e-3, "runtime": cpu}
         (trained,) = engine.fit(network, batches, losses.Objective(RECIPES["student"]), **fit)
         trained.pop("seconds")
         return trained, engine.evaluate(network, batches, cpu)

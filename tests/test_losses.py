@@ -1,5 +1,7 @@
 """Losses and schedules against figures worked out with numpy in float64, or by hand."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,8 @@ import torch
 import losses
 from models import build
 from outputs import Outputs
-from recipes import RECIPES, ROWS
+from recipes import RECIPES, ROWS, Recipe
+from util.runtime import UserError
 
 B, C = 5, 7
 rng = np.random.default_rng(0)
@@ -230,7 +233,8 @@ ASCENDING = [
 
 
 def test_every_schedule_has_its_descending_twin():
-    assert list(losses.ALPHA_SCHEDULES) == ASCENDING + [f"{name}, descending" for name in ASCENDING]
+    names = ASCENDING + [f"{name}, descending" for name in ASCENDING]
+    assert list(losses.ALPHA_SCHEDULES) == names + list(losses.SUMS)
     assert all(f'"{name.partition(",")[0]}"' in losses.alpha_schedule.__doc__ for name in ASCENDING)
 
 
@@ -252,3 +256,35 @@ def test_alpha_ends_exactly(name):
     schedule, twin = (losses.alpha_schedule(x, 50, 196) for x in (name, f"{name}, descending"))
     assert schedule[0, 0] == 0 and schedule[-1, -1] == end
     assert twin[0, 0] == 1 and twin[-1, -1] == pytest.approx(rest.item(), abs=1e-7)
+
+
+def test_the_share_of_the_soft_loss_in_a_sum():
+    """1, or, warming up, min((e + 1) / 20, 1) of the field's 240 epochs, and in proportion of others."""
+    share = {name: 1 - losses.alpha_schedule(name, 240, 3) for name in losses.SUMS}
+    assert share["sum"].eq(1).all()
+    expected = [min((e + 1) / 20, 1) for e in range(240)]
+    torch.testing.assert_close(share["sum, warm-up"], torch.tensor(expected).unsqueeze(1).expand(240, 3))
+    assert (1 - losses.alpha_schedule("sum, warm-up", 24, 1)).flatten()[:3].tolist() == [0.5, 1.0, 1.0]
+    assert (1 - losses.alpha_schedule("sum, warm-up", 3, 1)).eq(1).all()
+
+
+@pytest.mark.parametrize(
+    ("alpha", "hard", "soft"), [("sum", 1.0, 1.0), ("sum, warm-up", 1.0, 0.25), (0.75, 0.75, 0.25)]
+)
+@pytest.mark.parametrize(("given", "weight"), [(None, 3000.0), (7.0, 7.0)])
+def test_weights(monkeypatch, alpha, hard, soft, given, weight):
+    """A loss has its published weight unless a recipe has another, whatever alpha; in a sum the hard labels have 1."""
+    monkeypatch.setitem(losses.LOSSES, "mse", dataclasses.replace(losses.LOSSES["mse"], weight=3000.0))
+    recipe = Recipe("row", "row", "student", 1, 1, soft="mse", alpha=alpha, weight=given)
+    values = losses.Objective(recipe)(*outputs(), torch.tensor(1 - soft))
+    torch.testing.assert_close(values["loss"], hard * values["ce"] + soft * weight * values["mse"])
+
+
+def test_published_weights():
+    weights = {name: loss.weight for name, loss in losses.LOSSES.items() if loss.weight != 1}
+    assert weights == {"fitnet": 100.0, "at": 1000.0, "sp": 3000.0, "pkt": 30000.0, "crd": 0.8}
+
+
+def test_a_weight_of_no_loss():
+    with pytest.raises(UserError, match="--weight: row has no soft loss"):
+        losses.weight_of(Recipe("row", "row", "student", 1, 1, weight=2.0))
