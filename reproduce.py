@@ -27,7 +27,7 @@ from suites import SUITES, Suite
 from teacher import Teacher
 from util import runtime
 from util.bounds import COUNT, POSITIVE
-from util.runtime import UserError, say
+from util.runtime import Diverged, UserError, say
 
 FULL_EPOCHS, FULL_STEP = RECIPES["student"].epochs, RECIPES["student"].scheduler_step
 
@@ -39,7 +39,9 @@ def main() -> None:
     path = args.teacher or cli.teacher_path(args)
     teacher = cli.teacher_recipe(args, path) if args.teacher else cli.chosen_teacher(args)
     rows = suite_runs(args, teacher) if args.suite else chosen_rows(args, teacher)
-    trained_here = None if args.teacher or (args.suite and path.exists()) else teacher_row(args, teacher)
+    distilled = [recipe for recipe in rows if recipe.distils]
+    needless = args.teacher or (args.suite and (path.exists() or not distilled))
+    trained_here = None if needless else teacher_row(args, teacher)
     chosen = runtime.choose(args.device, args.precision)
     dataset = cli.load_data(args, chosen)
     setup = cli.setup(args, dataset, chosen, weights=args.weights, mode="resume")
@@ -47,7 +49,6 @@ def main() -> None:
         if trained_here:
             run_once(trained_here, replace(setup, augment=args.teacher_augment), None)
         # Before the student's row, so that a teacher that can't be loaded is told of before hours of training.
-        distilled = [recipe for recipe in rows if recipe.distils]
         run_rows(rows, setup, args, load_teacher(teacher, path, setup, args, distilled) if distilled else None)
     finally:
         if chosen.processes.main:
@@ -190,13 +191,24 @@ def load_teacher(
 
 
 def run_rows(rows: list[Recipe], setup: Setup, args: argparse.Namespace, teacher: Teacher | None) -> None:
-    """Run what is not finished, row by row and seed by seed; a suite seed by seed, for whole tables early on."""
-    runs = [(recipe, seed) for recipe in rows for seed in args.seeds]
+    """Run what is not finished, row by row and seed by seed; a suite seed by seed, for whole tables early on.
+
+    A suite goes on after a run that diverges, and raises Diverged in the end.
+    """
+    runs, diverged = [(recipe, seed) for recipe in rows for seed in args.seeds], []
     if args.suite:
         runs.sort(key=lambda run: args.seeds.index(run[1]))
     for recipe, seed in runs:
         here = replace(setup, seed=seed, augment=args.augment, weights="auto")  # --weights is the teacher's
-        run_once(recipe, here, teacher if recipe.distils else None)
+        try:
+            run_once(recipe, here, teacher if recipe.distils else None)
+        except Diverged as error:
+            if not args.suite:
+                raise
+            say(f"{recipe.job}, seed {seed}: {error}")
+            diverged.append(f"{recipe.job}, seed {seed}")
+    if diverged:
+        raise Diverged(f"training diverged: {'; '.join(diverged)}")
 
 
 def run_once(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> None:

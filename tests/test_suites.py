@@ -266,6 +266,15 @@ def test_a_suites_teacher_is_trained_where_there_is_none(script, small, tmp_path
     assert ran.code == 0 and "teacher, seed 0" not in ran.err
 
 
+def test_a_suite_goes_on_after_a_run_that_diverges(script, small, monkeypatch):
+    thin(monkeypatch.setattr)
+    runs = {"student": replace(RECIPES["student"], learning_rate=1e30), "other": RECIPES["student"]}
+    monkeypatch.setitem(SUITES, "losses", replace(SUITES["losses"], runs=runs))
+    ran = script("reproduce.py", *small, "--suite", "losses", "--epochs", 1, "--batch_size", 20)
+    assert ran.code == 1 and "losses_other, seed 0: 1 epochs" in ran.err and "teacher" not in ran.err
+    assert ran.err.splitlines()[-1].startswith("reproduce.py: error: training diverged: losses_student, seed 0;")
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
