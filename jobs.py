@@ -29,7 +29,16 @@ from teacher import Normalisation, Teacher
 from util.convolution import Conv3x3
 from util.files import ensure_writable, remove_leftovers, replacing, sha256
 from util.runstate import Keeper, differences, refuse_difference
-from util.runtime import Diverged, Runtime, UserError, compiled, inference_batch, say
+from util.runtime import (
+    Diverged,
+    Runtime,
+    UserError,
+    begin_peak_memory,
+    compiled,
+    inference_batch,
+    peak_memory,
+    say,
+)
 from util.scalars import Scalars
 
 
@@ -201,7 +210,7 @@ def train(recipe: Recipe, setup: Setup, teacher: Teacher | None = None) -> None:
         _begin(keeper, setup.mode, recipe)
         with closing(_scalars(there, setup)) as scalars:
             try:
-                network = _trained(recipe, setup, teacher, keeper, shorter, scalars)
+                network, costs = _trained(recipe, setup, teacher, keeper, shorter, scalars)
                 figures = evaluate(network, setup.dataset, plain(setup.runtime))
                 if not math.isfinite(figures["mean_ce"]):  # the last step alone spoilt it
                     raise Diverged(f"training diverged: the Test Loss is {figures['test_loss']}")
@@ -213,7 +222,7 @@ def train(recipe: Recipe, setup: Setup, teacher: Teacher | None = None) -> None:
         with keeper.finishing():
             if processes.main:
                 checkpoint.save(network, there.checkpoint, about(recipe, setup, run))
-                _write_result(_result(recipe, setup, teacher, run, keeper.figures, figures), there)
+                _write_result(_result(recipe, setup, teacher, run, keeper.figures, figures, costs), there)
 
 
 def show(done: Result, there: Paths, setup: Setup) -> None:
@@ -307,8 +316,9 @@ def _result(
     run: dict[str, Any],
     epochs: list[engine.Figures],
     figures: engine.Figures,
+    costs: dict[str, int],
 ) -> Result:
-    """What is kept of a finished run: what it was, and the figures of its epochs and of its test."""
+    """What is kept of a finished run: what it was, what it took, and the figures of its epochs and of its test."""
     there, seconds = paths(recipe, setup), sum(epoch["seconds"] for epoch in epochs)
     return Result(
         **run,
@@ -324,14 +334,21 @@ def _result(
         device=setup.runtime.describe(),
         processes=setup.runtime.processes.size,
         command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        suite=recipe.suite,
+        claimed=recipe.claimed and recipe.claimed._asdict(),
+        **costs,
     )
 
 
 def _trained(
     recipe: Recipe, setup: Setup, teacher: Teacher | None, keeper: Keeper, shorter: Result | None, scalars: Scalars
-) -> nn.Module:
-    """The network after its training, from wherever the keeper's state is; prints a line an epoch."""
+) -> tuple[nn.Module, dict[str, int]]:
+    """The network after its training, and its costs by their names in Result; prints a line an epoch.
+
+    It starts from wherever the keeper's state is.
+    """
     dataset, runtime, processes = setup.dataset, setup.runtime, setup.runtime.processes
+    begin_peak_memory(runtime.device)
     network, training = _fresh(recipe, setup, keeper, shorter), TRAININGS[recipe.training]
     batches = Batches(
         dataset.train, dataset.mean, dataset.std, recipe.batch_size, runtime.device,
@@ -367,7 +384,13 @@ def _trained(
             print(f"Epoch [{figures['epoch']}/{recipe.epochs}], Train Loss: {loss:.8f}", flush=True)
             say(epoch_line(figures, recipe.epochs, images))
             scalars.add(figures["epoch"], _of_epoch(figures, images))
-    return network
+    return network, {"extra_parameters": _learnt(objective, network), "peak_memory": peak_memory(runtime.device)}
+
+
+def _learnt(objective: losses.Objective, network: nn.Module) -> int:
+    """How many parameters serve the loss alone: the objective's, and those of a feature student's projector."""
+    owners = [objective, *filter(None, [getattr(network, "proj", None)])]
+    return sum(value.numel() for owner in owners for value in owner.parameters())
 
 
 def learning_rate(recipe: Recipe, iterations: int) -> Callable[[int, int], float]:

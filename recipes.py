@@ -17,6 +17,14 @@ class Reference(NamedTuple):
     test_loss: float
 
 
+class Claim(NamedTuple):
+    """A figure that a paper gives: top-1 on the CIFAR-100 test set in percent, the paper, after how many epochs."""
+
+    top1: float
+    source: str
+    epochs: int = 240
+
+
 def _flag(bound: Bound, words: str | None = None, **default) -> Any:
     """A field that a flag of its name overrides for one run: what it may be, and its line of help."""
     return field(metadata={"bound": bound, "help": words}, **default)
@@ -34,6 +42,7 @@ class Recipe:
     settings: of the losses, where they are not the losses' own defaults, like {"T": 2.0}, the temperature of KD.
     reference: figures to compare with, where there are any.
     training: a name in TRAININGS; `under` gives a recipe another than the reference's.
+    suite: the table that it belongs to besides its own, see suites.py. claimed: a paper's figure beside it.
     """
 
     job: str
@@ -52,6 +61,8 @@ class Recipe:
     training: str = "reference"
     arch: str | None = None
     weight: float | None = _flag(POSITIVE, "of the soft loss; default: its own, see --list", default=None)
+    suite: str = ""
+    claimed: Claim | None = None
 
     @property
     def built(self) -> str:
@@ -148,12 +159,13 @@ def warmup_epochs(recipe: Recipe) -> float:
 
 
 def described(recipe: Recipe) -> dict[str, Any]:
-    """All that the recipe is but its reference, plain values under their names, the losses' settings among them.
+    """All that decides how the recipe trains, plain values under their names, the losses' settings among them.
 
     Of another training than the reference's, all that it is made of; the reference's is not named.
     """
     values = {part.name: getattr(recipe, part.name) for part in fields(Recipe)}
-    del values["reference"]
+    for name in ("reference", "suite", "claimed"):  # which say what its figures stand beside
+        del values[name]
     values = values.pop("settings") | values
     if recipe.training == "reference":
         del values["training"]

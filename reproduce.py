@@ -3,25 +3,31 @@
     python reproduce.py --dataset digits --weights none --epochs 3
     python reproduce.py --seeds 0 1 2
     python reproduce.py --training strong
+    python reproduce.py --suite benchmark --teacher resnet56.pth --seeds 0 1 2
 
 What is finished is skipped: run it again to go on where it stopped. Writes checkpoints, one JSON a run into
-<results_dir>, and RESULTS.md, results.csv, top1.png and curves.png beside them. The teacher is trained once, with
-seed 0, and all students of all seeds are distilled from it.
+<results_dir>, and RESULTS.md, results.csv, top1.png and curves.png beside them; of a suite SUITE.md, a plot of accuracy
+against cost and, where a loss has several schedules, a map of losses by schedules. The teacher is trained once, with
+seed 0, unless one is given, and all students of all seeds are distilled from it.
 """
 
 import argparse
 from dataclasses import replace
+from pathlib import Path
 
 import cli
 import jobs
+import losses
 import report
+import suites
 from jobs import Setup
 from recipes import EPOCHS, RECIPES, Recipe, under
 from report.results import Result
+from suites import SUITES, Suite
 from teacher import Teacher
 from util import runtime
 from util.bounds import COUNT, POSITIVE
-from util.runtime import UserError, say
+from util.runtime import Diverged, UserError, say
 
 FULL_EPOCHS, FULL_STEP = RECIPES["student"].epochs, RECIPES["student"].scheduler_step
 
@@ -30,11 +36,20 @@ def main() -> None:
     args = parse()
     cli.refuse_idle(args)
     report.require()
+    path = args.teacher or cli.teacher_path(args)
+    teacher = cli.teacher_recipe(args, path) if args.teacher else cli.chosen_teacher(args)
+    rows = suite_runs(args, teacher) if args.suite else chosen_rows(args, teacher)
+    distilled = [recipe for recipe in rows if recipe.distils]
+    needless = args.teacher or (args.suite and (path.exists() or not distilled))
+    trained_here = None if needless else teacher_row(args, teacher)
     chosen = runtime.choose(args.device, args.precision)
     dataset = cli.load_data(args, chosen)
     setup = cli.setup(args, dataset, chosen, weights=args.weights, mode="resume")
     try:
-        run_rows([chosen_row(RECIPES[job], args) for job in RECIPES if job in args.jobs], setup, args)
+        if trained_here:
+            run_once(trained_here, replace(setup, augment=args.teacher_augment), None)
+        # Before the student's row, so that a teacher that can't be loaded is told of before hours of training.
+        run_rows(rows, setup, args, load_teacher(teacher, path, setup, args, distilled) if distilled else None)
     finally:
         if chosen.processes.main:
             for path in report.try_write(setup.results_dir):
@@ -42,9 +57,11 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """The command line; what a suite settles by itself is filled in."""
     parser = cli.Parser(description="Train and test every row in order; write the table and the plots.")
-    parser.add_argument("--jobs", nargs="+", choices=list(RECIPES), default=list(RECIPES), help="default: all thirteen")
+    what = "; ".join(f"{name}: {suite.words}" for name, suite in SUITES.items())
+    parser.add_argument("--suite", choices=SUITES, help=f"in place of the rows, runs that make a table: {what}")
+    parser.add_argument("--jobs", nargs="+", metavar="JOB", help="some of the rows, or of the suite's; default: all")
     parser.add_argument("--seeds", nargs="+", type=cli.number(cli.SEED), default=[0], help="default: 0")
     parser.add_argument(
         "--epochs", type=cli.number(EPOCHS),
@@ -59,6 +76,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--learning_rate", type=cli.number(POSITIVE))
     parser.add_argument("--batch_size", type=cli.number(COUNT))
     cli.add_training_flag(parser)
+    parser.set_defaults(training=None)
+    parser.add_argument(
+        "--teacher", type=cli.path,
+        help="its checkpoint; default: that of the job teacher in <checkpoint_dir>, trained here first",
+    )  # fmt: skip
     parser.add_argument(
         "--weights", default="auto",
         help="the teacher's start: imagenet (default, where there are any), none, or a FILE",
@@ -74,14 +96,71 @@ def parse() -> argparse.Namespace:
     cli.add_tensorboard_flag(parser)
     cli.add_data_flags(parser)
     cli.add_results_flag(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    known = SUITES[args.suite].runs if args.suite else RECIPES
+    for job in args.jobs or []:
+        if job not in known:
+            parser.error(f"--jobs: there is no {job}; there are {', '.join(known)}")
+    if args.teacher and "teacher" in (args.jobs or []):
+        parser.error("--teacher and --jobs teacher: it is there, or it is trained here; give one of the two")
+    if args.suite:
+        settle(args, SUITES[args.suite], parser)
+    args.training = args.training or "reference"
+    return args
 
 
-def chosen_row(recipe: Recipe, args: argparse.Namespace) -> Recipe:
-    """The row as the flags ask for it."""
-    teacher = cli.of_arch(RECIPES["teacher"], args.teacher_arch)
-    if recipe.network == "teacher":
-        return scaled(teacher, args)
+def settle(args: argparse.Namespace, suite: Suite, parser: cli.Parser) -> None:
+    """Fill in the flags that the suite has values of its own for, which must not be given as well."""
+    for flag, own in (("teacher_arch", suite.teacher), ("student_arch", suite.student), ("training", suite.training)):
+        if own and getattr(args, flag):
+            parser.error(f"--{flag}: the suite {args.suite} has its own ({own}); leave it away, or take another suite")
+        if own:
+            setattr(args, flag, own)
+
+
+def teacher_row(args: argparse.Namespace, teacher: Recipe) -> Recipe | None:
+    """The recipe of the teacher that is to be trained before all others; None where it is not asked for."""
+    if args.suite:
+        return scaled(suites.teacher_of(teacher, args.suite, suite_label(args, teacher)), args)
+    return scaled(teacher, args) if "teacher" in (args.jobs or RECIPES) else None
+
+
+def chosen_rows(args: argparse.Namespace, teacher: Recipe) -> list[Recipe]:
+    """The students' rows in order, as the flags ask for them."""
+    rows = [RECIPES[job] for job in RECIPES if job != "teacher" and job in (args.jobs or RECIPES)]
+    return [as_asked(row, args, teacher) for row in rows]
+
+
+def suite_runs(args: argparse.Namespace, teacher: Recipe) -> list[Recipe]:
+    """The suite's runs in order, as the flags ask for them.
+
+    What can't be trained so is left out, and said to be. Raises UserError where it was asked for by name.
+    """
+    label, runs = suite_label(args, teacher), SUITES[args.suite].runs
+    found = []
+    for name in runs:
+        if name not in (args.jobs or runs):
+            continue
+        recipe = suites.run_of(as_asked(runs[name], args, teacher), args.suite, name, label)
+        try:
+            losses.settings_of(recipe)
+        except UserError as error:
+            if args.jobs:
+                raise
+            say(f"left out: {error}")
+        else:
+            found.append(recipe)
+    return found
+
+
+def suite_label(args: argparse.Namespace, teacher: Recipe) -> str:
+    """What the suite's results are told by, with these flags."""
+    student = cli.of_arch(RECIPES["student"], args.student_arch)
+    return suites.label(args.suite, (teacher.arch, student.arch), args.training)
+
+
+def as_asked(recipe: Recipe, args: argparse.Namespace, teacher: Recipe) -> Recipe:
+    """A student's recipe with the networks, the training and the length that the flags ask for."""
     return scaled(cli.of_arch(recipe, args.student_arch, teacher if recipe.distils else None), args)
 
 
@@ -102,27 +181,34 @@ def scaled(recipe: Recipe, args: argparse.Namespace) -> Recipe:
     )
 
 
-def run_rows(rows: list[Recipe], setup: Setup, args: argparse.Namespace) -> None:
-    """Run what is not finished, row by row and seed by seed."""
-    if rows[0].network == "teacher":
-        run_once(rows[0], replace(setup, augment=args.teacher_augment), None)
-        rows = rows[1:]
-    # Before the student's row, so that a teacher that can't be loaded is told of before hours of training.
-    distils = any(recipe.distils for recipe in rows)
-    teacher = load_teacher(setup, args, rows) if distils else None
-    for recipe in rows:
-        for seed in args.seeds:
-            here = replace(setup, seed=seed, augment=args.augment, weights="auto")  # --weights is the teacher's
-            run_once(recipe, here, teacher if recipe.distils else None)
-
-
-def load_teacher(setup: Setup, args: argparse.Namespace, rows: list[Recipe]) -> Teacher:
-    """The teacher in the checkpoint folder, trained here or put there."""
-    recipe = cli.chosen_teacher(args)
-    path = jobs.checkpoint_path(recipe, setup.checkpoint_dir)
+def load_teacher(
+    recipe: Recipe, path: Path, setup: Setup, args: argparse.Namespace, distilled: list[Recipe]
+) -> Teacher:
+    """The teacher in the file, trained here or put there, for the recipes to be distilled."""
     trained = jobs.load(recipe, path, setup.dataset.name, setup.stem, setup.dataset.image_size)
     trained = trained._replace(given=cli.normalisation(args))
-    return jobs.make_teacher(trained, path, setup, args.teacher_cache == "auto", rows)
+    return jobs.make_teacher(trained, path, setup, args.teacher_cache == "auto", distilled)
+
+
+def run_rows(rows: list[Recipe], setup: Setup, args: argparse.Namespace, teacher: Teacher | None) -> None:
+    """Run what is not finished, row by row and seed by seed; a suite seed by seed, for whole tables early on.
+
+    A suite goes on after a run that diverges, and raises Diverged in the end.
+    """
+    runs, diverged = [(recipe, seed) for recipe in rows for seed in args.seeds], []
+    if args.suite:
+        runs.sort(key=lambda run: args.seeds.index(run[1]))
+    for recipe, seed in runs:
+        here = replace(setup, seed=seed, augment=args.augment, weights="auto")  # --weights is the teacher's
+        try:
+            run_once(recipe, here, teacher if recipe.distils else None)
+        except Diverged as error:
+            if not args.suite:
+                raise
+            say(f"{recipe.job}, seed {seed}: {error}")
+            diverged.append(f"{recipe.job}, seed {seed}")
+    if diverged:
+        raise Diverged(f"training diverged: {'; '.join(diverged)}")
 
 
 def run_once(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> None:
@@ -153,7 +239,7 @@ def finished(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> Result | 
             raise UserError(f"{there.result} is no run of its row: it has a warm_start from another; {jobs.ADVICE}")
         return done
     except UserError as error:
-        if recipe.network != "teacher":
+        if recipe.network != "teacher" or recipe.suite:
             raise
         others = " ".join(job for job in RECIPES if job != "teacher")
         raise UserError(f"{error}; to distil from the teacher that is there: --jobs {others}") from None

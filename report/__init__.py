@@ -1,9 +1,12 @@
-"""Results to a table and plots: the JSON of each run in, RESULTS.md, results.csv, top1.png and curves.png out."""
+"""Results to tables and plots: the JSON of each run in; RESULTS.md, results.csv, top1.png and curves.png out.
+
+Runs of a suite make SUITE.md and its plots.
+"""
 
 import importlib
 from pathlib import Path
 
-from report import plots, results, table
+from report import plots, results, suite, table
 from util import files
 from util.runtime import UserError, say
 
@@ -24,20 +27,31 @@ def require() -> None:
 
 
 def write(results_dir: Path, with_claims: bool = False) -> list[Path]:
-    """Write RESULTS.md, results.csv, top1.png and curves.png beside the runs' JSONs; give their paths.
+    """Write the tables and the plots beside the runs' JSONs; give their paths.
 
+    results.csv: every run. RESULTS.md, top1.png and curves.png: those of no suite, where there are any. Where there are
+    suites SUITE.md, and of each <suite>_cost.png or, where losses have several schedules, <suite>_schedules.png.
     with_claims: with what the runs say of each of the reference's claims.
     Raises UserError where there is no run, where some are damaged, where two are not of the same data, or where a
     package is missing.
     """
     require()
     rows = results.read(results_dir)
-    contents = {
-        "RESULTS.md": table.markdown(rows, with_claims).encode(),
-        "results.csv": table.comma_separated(rows).encode(),
-        "top1.png": plots.top1_plot(rows),
-        "curves.png": plots.curves_plot(rows),
-    }
+    suites, others = suite.suites_of(rows), rows.of_no_suite()
+    if with_claims and not others:
+        raise UserError(
+            f"{results_dir} holds runs of suites alone, which tell nothing of the claims; leave --claims off"
+        )
+    contents = {}
+    if others:
+        contents["RESULTS.md"] = table.markdown(others, with_claims).encode()
+    contents["results.csv"] = table.comma_separated(rows).encode()
+    if others:
+        contents |= {"top1.png": plots.top1_plot(others), "curves.png": plots.curves_plot(others)}
+    if suites:
+        contents["SUITE.md"] = suite.markdown(suites).encode()
+    for found in suites:
+        contents[found.plot] = plots.schedules_plot(found) if found.scheduled else plots.cost_plot(found)
     with files.replacing_all([results_dir / name for name in contents]) as opened:
         for file, content in zip(opened, contents.values(), strict=True):
             file.write(content)

@@ -1,6 +1,7 @@
 """The plots, PNGs of 1200 pixels' width: top-1 of each row, the training's curves, a sheet of images."""
 
 import io
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -9,7 +10,8 @@ import numpy
 
 from recipes import RECIPES
 from report.results import Result, Rows
-from report.statistics import Interval, noise, own_interval
+from report.statistics import Interval, against, noise, own_interval
+from report.suite import Suite
 
 # Families of rows by (network, soft loss): a colour each, shades of which tell the rows of a family apart.
 COLOURS = {
@@ -21,6 +23,14 @@ COLOURS = {
 }
 OTHER_COLOURS = ["#7a5195", "#00838f", "#8c6d31", "#d6408b", "#5b7f00", "#8c564b", "#3f51b5", "#c49a00"]
 LINE_STYLES = ["-", "--", "-.", ":"]
+
+# Where a point's name may stand, in points of type from the point, the nearest first.
+NAME_OFFSETS = [
+    (round(r * math.cos(k * math.pi / 6)), round(r * math.sin(k * math.pi / 6)))
+    for r in (14, 24, 36, 50, 66, 84, 104, 126, 150, 176)
+    for k in range(12)
+]
+NEAR = 24  # so near a name needs no line to its point
 
 LONGEST_NAME = 30  # characters; a longer one would leave no room for the plot
 ACROSS = 8  # images of a sheet
@@ -240,6 +250,100 @@ def _drops(rows: Rows) -> list[float]:
         rates = [epoch.get("learning_rate") for epoch in run.epochs]
         found |= {i + 0.5 for i in range(1, len(rates)) if rates[i] != rates[i - 1]}
     return sorted(found)
+
+
+def cost_plot(suite: Suite) -> bytes:
+    """<suite>_cost.png: each student's top-1, with its noise, against milliseconds a step."""
+    figure = _figure(height=7)
+    axes = figure.add_subplot()
+    points = {name: (suite.step_ms(name), suite.top1(name)) for name in suite.students}
+    for name, (x, y) in points.items():
+        colour = {suite.alone: "#404040", suite.kd: "#2171b5"}.get(name, "#238b45")
+        width = 3.5 if len(suite[name]) > 1 else 1.2
+        look = {"color": colour, "elinewidth": width, "markersize": 9, "markeredgecolor": "white"}
+        axes.errorbar(x, y, yerr=suite.noise(name), fmt="o", **look)
+    axes.margins(0.12)
+    axes.grid(alpha=0.3)
+    axes.set_xlabel("\n".join(["milliseconds a step", *_noise_kinds(suite)]))
+    axes.set_ylabel("top-1 on the test images, %")
+    axes.set_title(_title(suite, f"Accuracy against cost, {suite.name}"))
+    marks = [(x, y, suite.noise(name)) for name, (x, y) in points.items()]
+    _name_marks(figure, axes, dict(zip(map(suite.label, points), marks, strict=True)))
+    return _png(figure)
+
+
+def _noise_kinds(suite: Suite) -> list[str]:
+    """What the bars of this suite are."""
+    counts = [len(suite[name]) for name in suite.students]
+    kinds = {"thick: ± the standard deviation over seeds": max(counts) > 1}
+    kinds["thin: one run, ± the standard error over test images"] = min(counts) == 1
+    return [words for words, there in kinds.items() if there]
+
+
+def _name_marks(figure, axes, marks: dict[str, tuple[float, float, float]]) -> None:
+    """Write each mark's name as near to it as it covers no mark, no bar and no other name. marks: x, y, half a bar."""
+    from matplotlib.transforms import Bbox
+
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # what is placed by pixels must not be moved afterwards
+    frame, taken = axes.get_window_extent(), []
+    for x, y, half in marks.values():
+        (left, low), (_, middle), (_, high) = axes.transData.transform([(x, y - half), (x, y), (x, y + half)])
+        taken += [Bbox([[left - 3, low], [left + 3, high]]), Bbox([[left - 7, middle - 7], [left + 7, middle + 7]])]
+    for name, (x, y, _) in marks.items():
+        for dx, dy in NAME_OFFSETS:
+            side = "left" if dx > 0 else "right" if dx < 0 else "center"
+            place = {"xytext": (dx, dy), "textcoords": "offset points"}
+            text = axes.annotate(name, (x, y), va="center", ha=side, **place)
+            box = text.get_window_extent()
+            if frame.count_contains(box.corners()) == 4 and not box.count_overlaps(taken):
+                break
+            text.remove()
+        else:  # a plot so full that there is no room at all
+            text = axes.annotate(name, (x, y), va="center", ha=side, **place)
+        taken.append(box)
+        if math.hypot(dx, dy) > NEAR:
+            axes.annotate("", (x, y), arrowprops={"arrowstyle": "-", "color": "grey"}, **place)
+
+
+def schedules_plot(suite: Suite) -> bytes:
+    """<suite>_schedules.png: losses by schedules of alpha, in each cell top-1 and its noise.
+
+    The colour is the difference to the same loss with a constant alpha; bold is beyond noise.
+    """
+    losses = suite.scheduled
+    cells = {(loss, suite.alpha(name)): name for loss in losses for name in suite.of_loss(loss)}
+    alphas = sorted({alpha for _, alpha in cells}, key=lambda alpha: (isinstance(alpha, str), alpha))
+    gains, bold = _gains_on_constant(suite)
+    figure = _figure(height=2.2 + 0.9 * len(losses))
+    axes = figure.add_subplot()
+    values = [[gains.get(cells.get((loss, alpha)), math.nan) for alpha in alphas] for loss in losses]
+    most = max([abs(value) for row in values for value in row if not math.isnan(value)], default=0) or 1
+    image = axes.imshow(values, cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
+    for (loss, alpha), name in cells.items():
+        text = f"{suite.top1(name):.2f}\n± {suite.noise(name):.2f}" + " (one run)" * (len(suite[name]) == 1)
+        dark = abs(gains.get(name, 0)) > 0.6 * most
+        look = {"color": "white" if dark else "black", "weight": "bold" if name in bold else "normal"}
+        axes.text(alphas.index(alpha), losses.index(loss), text, ha="center", va="center", **look)
+    axes.set_xticks(range(len(alphas)), [f"constant {a:g}" if not isinstance(a, str) else a for a in alphas])
+    axes.set_yticks(range(len(losses)), losses)
+    axes.set_xlabel("alpha, the weight of the hard labels; bold: beyond noise against the constant")
+    axes.set_title(_title(suite, f"Top-1 by loss and schedule, {suite.name}"))
+    figure.colorbar(image, label="points more than\nwith a constant alpha")
+    return _png(figure)
+
+
+def _gains_on_constant(suite: Suite) -> tuple[dict[str, float], set[str]]:
+    """Each row's top-1 less that of its loss with a constant alpha, in points; and which differ beyond noise."""
+    gains, beyond = {}, set()
+    for loss in suite.scheduled:
+        names = suite.of_loss(loss)
+        constant = next((name for name in names if not isinstance(suite.alpha(name), str)), None)
+        if constant:
+            found = against(suite, constant, [name for name in names if name != constant])
+            gains |= {constant: 0.0, **{name: comparison.gain for name, comparison in found.items()}}
+            beyond |= {name for name, comparison in found.items() if comparison.beyond_noise}
+    return gains, beyond
 
 
 def _looks(rows: Rows, styles: bool = False) -> dict[str, Look]:

@@ -62,6 +62,14 @@ class RecipeValues(_RecipeValues, total=False):
     weight: float | None
 
 
+class Claimed(TypedDict):
+    """A paper's figure, and after how many epochs it was measured."""
+
+    top1: float
+    source: str
+    epochs: int
+
+
 class _Epoch(TypedDict):
     epoch: int
     train_loss: float
@@ -103,6 +111,9 @@ class Result:
 
     name: of the run's files; its job's, unless it was given one. teacher: {"sha256": ...} of the one it learnt from.
     warm_start: "epochs" and "checkpoint_sha256" of the finished run that it was trained on from.
+    suite: the table that it belongs to, "" for the table of the folder. claimed: what a paper says of it.
+    extra_parameters: that the loss learnt besides the student's. peak_memory: in bytes, see runtime.peak_memory; 0
+    where it is not known.
     """
 
     job: str
@@ -129,6 +140,10 @@ class Result:
     processes: int = 1
     command: str
     warm_start: dict | None = None
+    suite: str = ""
+    claimed: Claimed | None = None
+    extra_parameters: int = 0
+    peak_memory: int = 0
 
     @classmethod
     def read(cls, path: Path) -> "Result":
@@ -156,8 +171,12 @@ class Result:
     @property
     def is_of_the_references_data(self) -> bool:
         """Whether it is of all the images that the reference's figures are of."""
-        data = [self.data[name] == value for name, value in REFERENCE_DATA.items()]
-        return self.dataset == "cifar100" and all(data)
+        return self.dataset == "cifar100" and self.is_of_cifar100s_shape
+
+    @property
+    def is_of_cifar100s_shape(self) -> bool:
+        """Whether it is of as many images, classes and pixels as CIFAR-100 has, under whatever name."""
+        return all(self.data[name] == value for name, value in REFERENCE_DATA.items())
 
     @cached_property
     def right(self) -> numpy.ndarray | None:
@@ -188,6 +207,10 @@ class Rows(dict[str, dict[int, Result]]):
     def is_teacher(self, name: str) -> bool:
         """Whether the row's network is the teacher's."""
         return self.first(name).recipe["network"] == "teacher"
+
+    def of_no_suite(self) -> "Rows":
+        """The rows that belong to the folder's own table."""
+        return Rows({name: seeds for name, seeds in self.items() if not self.first(name).suite})
 
     @property
     def have_several_seeds(self) -> bool:

@@ -184,9 +184,14 @@ def own_interval(runs: Iterable[Result]) -> Interval:
 def standard_error(rows: Rows) -> float:
     """The binomial standard error, in points, of one run's top-1: sqrt(p (1 - p) / n) for the median row."""
     n = rows.any_run.data["test_images"]
-    p = statistics.median(rows.top1(name) for name in rows) / 100
-    p = min(max(p, 1 / n), 1 - 1 / n)  # no row is so good, or so bad, that n images tell its top-1 exactly
-    return 100 * math.sqrt(p * (1 - p) / n)
+    return binomial_error(statistics.median(rows.top1(name) for name in rows), n)
+
+
+def binomial_error(top1: float, images: int) -> float:
+    """The binomial standard error of a top-1 in percent, in points: sqrt(p (1 - p) / n)."""
+    # No network is so good, or so bad, that n images tell its top-1 exactly.
+    p = min(max(top1 / 100, 1 / images), 1 - 1 / images)
+    return 100 * math.sqrt(p * (1 - p) / images)
 
 
 def noise(rows: Rows) -> float:

@@ -23,6 +23,10 @@ HELD_OUT: list[tuple[str, Callable[[Result], float | None], str]] = [
     ("val loss", lambda run: run.epochs[-1].get("val_loss"), ".4f"),
     ("val top-1", lambda run: run.epochs[-1].get("val_top1"), ".2f"),
 ]
+INTERVAL_NOTE = (
+    "[ ]: the 95 % interval of the gain: over seeds (paired t), which other test images could move further; of "
+    "one seed over test images (Newcombe's for paired proportions), which another seed could move further."
+)
 
 
 def markdown(rows: Rows, with_claims: bool = False) -> str:
@@ -64,7 +68,12 @@ def _table(rows: Rows) -> str:
     """The Markdown table: a line for each row, means over its seeds."""
     gains = gains_on_student(rows)
     lines = [_cells(rows, name, gains.get(name)) for name in rows]
-    titles = [title for title in lines[0] if any(line[title] for line in lines) or title in ("job", "gain")]
+    return lines_as_table(lines, always=["job", "gain"])
+
+
+def lines_as_table(lines: list[dict[str, str]], always: list[str]) -> str:
+    """A Markdown table of the lines' cells under their titles; `always`: those shown even where all cells are empty."""
+    titles = [title for title in lines[0] if any(line[title] for line in lines) or title in always]
     table = [titles, ["---"] + ["---:"] * (len(titles) - 1)]
     table += [[line[title].replace("|", "\\|") for title in titles] for line in lines]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
@@ -76,9 +85,9 @@ def _cells(rows: Rows, name: str, gain: Comparison | None) -> dict[str, str]:
     measured = [(title, [figure(run) for run in runs], form) for title, figure, form in MEASURED + HELD_OUT]
     return {
         "job": name,
-        **{title: "" if None in values else _spread(values, form) for title, values, form in measured},
+        **{title: "" if None in values else spread(values, form) for title, values, form in measured},
         "epochs": ", ".join(dict.fromkeys(str(run.recipe["epochs"]) for run in runs)),
-        "gain": _gain(gain, len(runs)) if gain else "",
+        "gain": gain_cell(gain, len(runs)) if gain else "",
         "McNemar p": ", ".join(map(p_value, gain.mcnemar.values())) if gain else "",
         "beyond noise": {True: "yes", False: "no", None: ""}[gain and gain.beyond_noise],
         "seeds": str(len(runs)) if rows.have_several_seeds else "",
@@ -88,7 +97,7 @@ def _cells(rows: Rows, name: str, gain: Comparison | None) -> dict[str, str]:
     }
 
 
-def _spread(values: list[float], form: str) -> str:
+def spread(values: list[float], form: str) -> str:
     """The mean, with the sample standard deviation (n - 1) where there are several values."""
     text = format(statistics.mean(values), form)
     if len(values) > 1:
@@ -96,7 +105,7 @@ def _spread(values: list[float], form: str) -> str:
     return text
 
 
-def _gain(gain: Comparison, seeds: int) -> str:
+def gain_cell(gain: Comparison, seeds: int) -> str:
     """The cell of the gain, which says over how many seeds it is where these are not all of the row's."""
     text = f"{gain.gain:+.2f}"
     if gain.interval:
@@ -134,10 +143,7 @@ def _gain_notes(rows: Rows) -> list[str]:
     gains = gains_on_student(rows)
     notes = []
     if any(found.interval for found in gains.values()):
-        notes.append(
-            "[ ]: the 95 % interval of the gain: over seeds (paired t), which other test images could move further; of "
-            "one seed over test images (Newcombe's for paired proportions), which another seed could move further."
-        )
+        notes.append(INTERVAL_NOTE)
     told = [name for name, found in gains.items() if found.adjusted is not None]
     if told:
         notes.append(

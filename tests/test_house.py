@@ -41,7 +41,7 @@ def test_nothing_imports_a_script():
     assert wrong <= {("test_LDH.py", "test")}  # the same script, with another default
 
 
-SCIENCE = {"losses", "loss_parts", "recipes", "models", "benchmark_models", "library_models", "outputs"}
+SCIENCE = {"losses", "loss_parts", "recipes", "suites", "models", "benchmark_models", "library_models", "outputs"}
 
 
 @pytest.mark.parametrize("name", sorted(SCIENCE))

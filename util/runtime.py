@@ -7,7 +7,7 @@ import platform
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -278,6 +278,30 @@ def free_memory(device: torch.device) -> int:
         return module.mem_get_info(device)[0]
     except (OSError, StopIteration, AttributeError, RuntimeError):
         return 0
+
+
+def begin_peak_memory(device: torch.device) -> None:
+    """Let peak_memory begin anew; on a CPU, where the system can't do so, it goes on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak resident size
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process took at most: of a GPU those allocated by torch; else all that it had resident.
+
+    0 where that can't be known.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size if sys.platform == "darwin" else 1024 * size
 
 
 def inference_batch(device: torch.device) -> int:

@@ -1,0 +1,236 @@
+"""SUITE.md: the losses of a suite beside each other, with what papers claim of them and with what they cost."""
+
+import math
+import statistics
+from collections.abc import Iterable
+
+from recipes import RECIPES, described, under
+from report.findings import p_value
+from report.results import Claimed, Result, Rows, describe_data
+from report.statistics import Comparison, against, binomial_error
+from report.table import INTERVAL_NOTE, gain_cell, lines_as_table, spread
+
+# What a result's recipe tells besides the settings of its loss.
+NO_SETTINGS = {*described(RECIPES["student"]), *described(under(RECIPES["student"], "benchmark"))}
+
+
+class Suite(Rows):
+    """The runs of one suite: the teacher where it was trained with them, the student alone, kd, then the others."""
+
+    @property
+    def name(self) -> str:
+        """By which the results tell it."""
+        return self.any_run.suite
+
+    @property
+    def students(self) -> list[str]:
+        """The rows but the teacher's."""
+        return [name for name in self if not self.is_teacher(name)]
+
+    @property
+    def alone(self) -> str | None:
+        """The row of the student that learns from no teacher; None where it did not run."""
+        return next((name for name in self.students if not self.loss(name)), None)
+
+    @property
+    def kd(self) -> str | None:
+        """The row of kd with a constant alpha; None where it did not run."""
+        return next((name for name in self.of_loss("kd") if not isinstance(self.alpha(name), str)), None)
+
+    def loss(self, name: str) -> str | None:
+        """The loss that the row is distilled by."""
+        return self.first(name).recipe["soft"]
+
+    def alpha(self, name: str) -> float | str:
+        """Its weight of the hard labels, or the name of its schedule."""
+        return self.first(name).recipe["alpha"]
+
+    def of_loss(self, loss: str) -> list[str]:
+        """The rows that are distilled by the loss."""
+        return [name for name in self.students if self.loss(name) == loss]
+
+    def label(self, name: str) -> str:
+        """The row in words, so many as tell it from the suite's others."""
+        loss = self.loss(name)
+        if self.is_teacher(name) or not loss:
+            return "teacher" if self.is_teacher(name) else "student alone"
+        return f"{loss}, {self.alpha(name)}" if len(self.of_loss(loss)) > 1 else loss
+
+    @property
+    def scheduled(self) -> list[str]:
+        """The losses that have several rows, by several alphas."""
+        losses = dict.fromkeys(filter(None, map(self.loss, self.students)))
+        return [loss for loss in losses if len(self.of_loss(loss)) > 1]
+
+    @property
+    def plot(self) -> str:
+        """The file of its plot: losses by schedules, as these cost the same; else accuracy against cost."""
+        return f"{self.name}_{'schedules' if self.scheduled else 'cost'}.png"
+
+    def claimed(self, name: str) -> Claimed | None:
+        """What a paper says of the row; None where it says nothing, or where its data are others."""
+        run = self.first(name)
+        return run.claimed if run.is_of_cifar100s_shape else None
+
+    def step_ms(self, name: str) -> float:
+        """Milliseconds a step: of each run the median over its epochs, and of these the mean.
+
+        The median, as the first epoch may compute the teacher's outputs for all, and other work may run beside one.
+        """
+        return statistics.mean(map(_step_ms, self[name].values()))
+
+    def noise(self, name: str) -> float:
+        """Of the row's top-1, in points: its standard deviation over seeds; of one run its error over test images."""
+        values = [run.test["top1"] for run in self[name].values()]
+        if len(values) > 1:
+            return statistics.stdev(values)
+        return binomial_error(values[0], self.first(name).data["test_images"])
+
+
+def _step_ms(run: Result) -> float:
+    steps = math.ceil(run.data["train_images"] / run.recipe["batch_size"])
+    seconds = [epoch["seconds"] for epoch in run.epochs if "seconds" in epoch] or [run.seconds / len(run.epochs)]
+    return 1000 * statistics.median(seconds) / steps
+
+
+def suites_of(rows: Rows) -> list[Suite]:
+    """The rows that belong to suites, a Suite for each."""
+    found: dict[str, Suite] = {}
+    for name, seeds in rows.items():
+        if suite := rows.first(name).suite:
+            found.setdefault(suite, Suite())[name] = seeds
+    return [_in_order(found[suite]) for suite in sorted(found)]
+
+
+def _in_order(suite: Suite) -> Suite:
+    def place(name: str) -> tuple:
+        alpha, first = suite.alpha(name), (suite.is_teacher(name), name == suite.alone, suite.loss(name) == "kd")
+        return *(not here for here in first), suite.loss(name), isinstance(alpha, str), alpha
+
+    return Suite({name: suite[name] for name in sorted(suite, key=place)})
+
+
+def markdown(suites: Iterable[Suite]) -> str:
+    """SUITE.md."""
+    return "\n\n".join(["# Losses side by side", *map(_section, suites)]) + "\n"
+
+
+def _section(suite: Suite) -> str:
+    parts = [f"## {suite.name}", _heading(suite), _table(suite), "\n".join(f"- {note}" for note in _notes(suite))]
+    parts.append(f"![{suite.name}]({suite.plot})")
+    if suite.are_a_check:
+        parts.insert(1, "**This is a check of the pipeline, not a result.**")
+    return "\n\n".join(parts)
+
+
+def _heading(suite: Suite) -> str:
+    runs = [run for name in suite.students for run in suite[name].values()]
+    facts = {
+        "Data": [describe_data(suite.any_run)],
+        "Student": [run.recipe.get("arch") or run.recipe["network"] for run in runs],
+        "Training": [_training(run) for run in runs],
+        "Top-1 of the teacher distilled from": [f"{run.teacher_top1:.2f}" for run in runs if run.teacher_top1],
+        "Device": [f"{run.device}, {run.precision}" for run in suite.runs()],
+    }
+    lines = [f"- {name}: {'; '.join(dict.fromkeys(values))}" for name, values in facts.items() if values]
+    commands = dict.fromkeys(f"    python {run.command}" for run in suite.runs())
+    return "\n".join(lines) + "\n\nMade by:\n\n" + "\n".join(commands)
+
+
+def _training(run: Result) -> str:
+    recipe = run.recipe
+    way = f"{recipe.get('training', 'reference')}, {recipe['epochs']} epochs, batches of {recipe['batch_size']}"
+    return f"{way}, learning rate {recipe['learning_rate']:g}" + ", random crop and flip" * run.augment
+
+
+def _table(suite: Suite) -> str:
+    to_alone, to_kd = _compared(suite, suite.alone), _compared(suite, suite.kd)
+    lines = [_cells(suite, name, to_alone.get(name), to_kd.get(name)) for name in suite]
+    return lines_as_table(lines, always=["loss", "top-1"])
+
+
+def _compared(suite: Suite, baseline: str | None) -> dict[str, Comparison]:
+    """Each student's row against that one; without those that were trained otherwise, and the student alone."""
+    names = [name for name in suite.students if name not in (baseline, suite.alone)]
+    return against(suite, baseline, [n for n in names if _alike(suite, n, baseline)]) if baseline else {}
+
+
+def _alike(suite: Suite, name: str, other: str) -> bool:
+    """Whether the two rows were trained alike, but for the loss."""
+    ours, theirs = ({_training(run) for run in suite[row].values()} for row in (name, other))
+    return ours == theirs
+
+
+def _cells(suite: Suite, name: str, to_alone: Comparison | None, to_kd: Comparison | None) -> dict[str, str]:
+    """The cells of a row under their titles; a column that is empty in all rows is not shown."""
+    runs, claimed, student = list(suite[name].values()), suite.claimed(name), not suite.is_teacher(name)
+    kd_ms, memory = suite.kd and suite.step_ms(suite.kd), max(run.peak_memory for run in runs)
+    return {
+        "loss": suite.label(name),
+        "claimed": f"{claimed['top1']:.2f} ({claimed['source']})" if claimed else "",
+        "top-1": spread([run.test["top1"] for run in runs], ".2f"),
+        "seeds": str(len(runs)),
+        "epochs": _epochs(suite, name),
+        "to the claim": f"{suite.top1(name) - claimed['top1']:+.2f}" if claimed else "",
+        "to the student alone": _difference(to_alone, len(runs)),
+        "to kd": _difference(to_kd, len(runs)),
+        "ms a step": f"{suite.step_ms(name):.1f}" if student else "",
+        "of kd's": f"{suite.step_ms(name) / kd_ms:.2f}" if student and kd_ms else "",
+        "parameters of the loss": f"{runs[0].extra_parameters:,}" if suite.loss(name) else "",
+        "memory, MiB": f"{memory / 2**20:,.0f}" if student and memory else "",
+    }
+
+
+def _is_shorter(suite: Suite, name: str) -> bool:
+    claimed = suite.claimed(name)
+    return claimed is not None and any(run.recipe["epochs"] < claimed["epochs"] for run in suite[name].values())
+
+
+def _epochs(suite: Suite, name: str) -> str:
+    epochs = ", ".join(dict.fromkeys(str(run.recipe["epochs"]) for run in suite[name].values()))
+    return f"{epochs} of {suite.claimed(name)['epochs']}" if _is_shorter(suite, name) else epochs
+
+
+def _difference(found: Comparison | None, seeds: int) -> str:
+    if found is None:
+        return ""
+    return gain_cell(found, seeds) + (f", p {p_value(found.adjusted)}" if found.adjusted is not None else "")
+
+
+def _notes(suite: Suite) -> list[str]:
+    """What one must know to read the table."""
+    notes = [
+        "top-1: percent of the test images after the last epoch; ±: the sample standard deviation over the seeds.",
+        f"{INTERVAL_NOTE} p: that there is no difference, over images and seeds, after Holm's correction over the rows "
+        "of the column.",
+    ]
+    if any(suite.claimed(name) for name in suite):
+        notes.append("claimed: top-1 that the paper gives for these two networks on CIFAR-100.")
+    if shorter := [suite.label(name) for name in suite if _is_shorter(suite, name)]:
+        notes.append(
+            f"**Trained for fewer epochs than what is claimed: {', '.join(shorter)}.** That costs accuracy, and not "
+            "each loss the same; such figures do not test the claim."
+        )
+    baselines = {"the student alone": suite.alone, "kd": suite.kd}
+    notes += [f"Nothing is compared with {words}, which did not run." for words, row in baselines.items() if not row]
+    for words, row in baselines.items():
+        if others := [suite.label(name) for name in suite.students if row and not _alike(suite, name, row)]:
+            notes.append(f"Not compared with {words}, as they were trained otherwise: {', '.join(others)}.")
+    return [
+        *notes,
+        "ms a step: of each run the median over its epochs; to be trusted where nothing else ran on the device.",
+        "parameters of the loss: learnt with the student's and no part of it. What a loss remembers is not counted.",
+        "memory: the peak while training; on a GPU what torch allocated, on a CPU all that the process had resident, "
+        "images, remembered outputs of the teacher, and what runs before it in the same process left.",
+        f"Settings: {'; '.join(dict.fromkeys(_settings(suite, name) for name in suite.students if suite.loss(name)))}.",
+    ]
+
+
+def _settings(suite: Suite, name: str) -> str:
+    """The row's loss with its settings, and with alpha where the row's label does not have it."""
+    recipe, loss = suite.first(name).recipe, suite.loss(name)
+    values = {} if loss in suite.scheduled else {"alpha": recipe["alpha"]}
+    values |= {key: value for key, value in recipe.items() if key not in NO_SETTINGS}
+    if recipe.get("weight") not in (None, 1):
+        values["weight"] = recipe["weight"]
+    return f"{loss} ({', '.join(f'{key} {value}' for key, value in values.items())})" if values else loss
