@@ -11,8 +11,9 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/python reproduce.py --dataset digits --weights none --epochs 4 --batch_size 64
 
+# Two processes of one thread each: most of what the tests do is too small to be shared by threads.
 test: .venv/installed-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
