@@ -428,7 +428,7 @@ def distilled(args: argparse.Namespace, teacher: Recipe) -> Recipe:
     plain, like = RECIPES["student"], RECIPES["distillation"]
     shape = {"network": network, "epochs": plain.epochs, "scheduler_step": plain.scheduler_step}
     named = f"--loss {args.loss}"
-    recipe = Recipe(named, "", soft=args.loss, alpha=like.alpha, **shape)
+    recipe = Recipe(named, "", soft=args.loss, alpha=like.alpha, weight=None, **shape)
     recipe = override(with_networks(recipe, args, teacher), args)
     # The networks and the training have added to the name that is replaced.
     name = _name_of(recipe) + recipe.job.removeprefix(named)
@@ -459,7 +459,6 @@ def override(recipe: Recipe, args: argparse.Namespace) -> Recipe:
     settings = {name: getattr(args, name) for name in _settings() if getattr(args, name, None) is not None}
     recipe = replace(recipe, **given, settings={**recipe.settings, **settings})
     losses.settings_of(recipe)
-    losses.weight_of(recipe)
     return recipe
 
 

@@ -541,15 +541,8 @@ def terms_of(recipe: Recipe) -> dict[str, Loss]:
     return {name: LOSSES[name] for name in names}
 
 
-def weight_of(recipe: Recipe) -> float | None:
-    """The weight of the recipe's soft loss, the recipe's own or else the loss's; None without one.
-
-    Raises UserError for a weight of no loss.
-    """
-    if recipe.soft is None:
-        if recipe.weight is not None:
-            raise UserError(f"--weight: {recipe.job} has no soft loss; leave the flag away")
-        return None
+def weight_of(recipe: Recipe) -> float:
+    """The weight of the recipe's soft loss: where the recipe says None, the loss's own."""
     return LOSSES[recipe.soft].weight if recipe.weight is None else recipe.weight
 
 

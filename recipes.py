@@ -60,7 +60,7 @@ class Recipe:
     batch_size: int = _flag(COUNT, default=256)
     training: str = "reference"
     arch: str | None = None
-    weight: float | None = _flag(POSITIVE, "of the soft loss; default: its own, see --list", default=None)
+    weight: float | None = _flag(POSITIVE, "of the soft loss; with --loss, default: its own, see --list", default=1.0)
     suite: str = ""
     claimed: Claim | None = None
 

@@ -62,7 +62,7 @@ def published(loss: str, **own) -> Recipe:
 
 def _distilled(loss: str, alpha: float | str, **own) -> Recipe:
     network = "feature_student" if LOSSES[loss].projects else "student"
-    return replace(RECIPES["student"], network=network, soft=loss, alpha=alpha, **own)
+    return replace(RECIPES["student"], network=network, soft=loss, alpha=alpha, **{"weight": None, **own})
 
 
 def _by_loss(losses: Iterable[str], own: dict[str, dict]) -> dict[str, Recipe]:

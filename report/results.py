@@ -161,7 +161,7 @@ class Result:
         if flaw:
             raise UserError(f"{path} is no whole result ({flaw} is missing or wrong); delete it and run its job again")
         values["data"].setdefault("val_images", 0)
-        values["recipe"].setdefault("weight", 1.0 if values["recipe"]["soft"] else None)
+        values["recipe"].setdefault("weight", 1.0)
         return cls(**{part.name: values[part.name] for part in fields(cls) if part.name in values})
 
     def write(self, path: Path) -> None:

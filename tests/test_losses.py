@@ -283,8 +283,3 @@ def test_weights(monkeypatch, alpha, hard, soft, given, weight):
 def test_published_weights():
     weights = {name: loss.weight for name, loss in losses.LOSSES.items() if loss.weight != 1}
     assert weights == {"fitnet": 100.0, "at": 1000.0, "sp": 3000.0, "pkt": 30000.0, "crd": 0.8}
-
-
-def test_a_weight_of_no_loss():
-    with pytest.raises(UserError, match="--weight: row has no soft loss"):
-        losses.weight_of(Recipe("row", "row", "student", 1, 1, weight=2.0))

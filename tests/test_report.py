@@ -282,7 +282,7 @@ def test_csv(tmp_path):
         "val_top1": "55.0", "epochs": "50", "seconds": "1612.34", "images_per_second": "4083.1", "precision": "bf16",
         "device": "a CPU, 2 threads", "teacher_top1": "69.87", "network": "student", "soft": "kd",
         "alpha": "per epoch", "T": "2.0", "beta": "0.0", "gamma": "0.0", "scheduler_step": "20",
-        "learning_rate": "0.001", "batch_size": "256", "arch": "", "weight": "",
+        "learning_rate": "0.001", "batch_size": "256", "arch": "", "weight": "1.0",
     }  # fmt: skip
 
 
