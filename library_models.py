@@ -53,6 +53,9 @@ def has_small_stem(name: str) -> bool:
     return _family(name) in SMALL_STEMS
 
 
+BN_MOMENTUM = 0.1  # PyTorch's default
+
+
 def build(name: str, num_classes: int, stem: str) -> "Library":
     """A fresh network, with random weights from torch's global generator; images (B, 3, H, W) to outputs.Outputs.
 
@@ -61,9 +64,14 @@ def build(name: str, num_classes: int, stem: str) -> "Library":
     """
     if stem == "small" and not has_small_stem(name):
         raise UserError(f"{name} has no stem for small images; use --stem standard")
-    if name.startswith(TIMM):
-        return _timm_network(name, num_classes, stem)
-    return _torchvision_network(name, num_classes, stem)
+    make = _timm_network if name.startswith(TIMM) else _torchvision_network
+    network = make(name, num_classes, stem)
+    for module in network.modules():
+        # Some have 0.01 or less, for ImageNet's hundreds of thousands of steps: after the hundreds of a small data set
+        # the running statistics would still be mostly those of the start, and a test at chance.
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = max(module.momentum, BN_MOMENTUM)
+    return network
 
 
 def _family(name: str) -> str:

@@ -273,3 +273,14 @@ def test_timm_errors():
         with pytest.raises(UserError) as error:
             library_models.build(name, 7, stem)
         assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_statistics_of_a_short_training_are_its_own():
+    """MobileNetV3's batch norms would need thousands of steps to forget the statistics that they start with."""
+    network, images = library_models.build("mobilenet_v3_small", 4, "standard"), torch.randn(8, 3, 64, 64) + 3
+    with torch.no_grad():
+        for _ in range(60):
+            network(images)
+    first = next(module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    seen = network.get_submodule("features.0.0")(images).mean((0, 2, 3))
+    torch.testing.assert_close(first.running_mean, seen, rtol=0.01, atol=1e-3)

@@ -10,7 +10,6 @@ import losses
 from models import build
 from outputs import Outputs
 from recipes import RECIPES, ROWS, Recipe
-from util.runtime import UserError
 
 B, C = 5, 7
 rng = np.random.default_rng(0)
