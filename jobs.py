@@ -558,9 +558,12 @@ def load(
     """
     script = "train_distillation.py" if recipe.distils else "train.py"
     flags = "" if dataset == "cifar100" else f" --dataset {dataset}"
-    job = recipe.job
     if recipe.training != "reference":
-        job, flags = job.removesuffix(f"_{recipe.training}"), f" --training {recipe.training}{flags}"
+        flags = f" --training {recipe.training}{flags}"
+    if recipe.arch:
+        flags = f" --{'teacher' if recipe.network == 'teacher' else 'student'}_arch {recipe.arch}{flags}"
+    # Other networks and trainings have added to the name of the row.
+    job = max((row for row in RECIPES if f"{recipe.job}_".startswith(f"{row}_")), key=len, default=recipe.job)
     hint = f"make it with: python {script} --model_job {job}{flags}"
     state, about = checkpoint.read(path, hint, recipe.built)
     if about and recipe.arch and models.canonical(about["network"]) != models.canonical(recipe.arch):

@@ -138,6 +138,15 @@ def test_networks_that_cannot_be_had(script, small, tmp_path, flags, words):
     assert not (tmp_path / "results").exists() or not list((tmp_path / "results").rglob("*.json"))
 
 
+def test_the_hint_at_a_missing_checkpoint_makes_it(script, small):
+    ran = script("test.py", "--model_job", "student", "--student_arch", "resnet20", *small)
+    refused(
+        ran, "student_resnet20.pth does not exist", "train.py --model_job student --student_arch resnet20 --dataset"
+    )
+    ran = script("train_distillation.py", "--teacher_arch", "resnet56", "--training", "benchmark", *small)
+    refused(ran, "train.py --model_job teacher --teacher_arch resnet56 --training benchmark --dataset folder")
+
+
 def test_a_checkpoint_of_another_network(script, small, tmp_path):
     torch.save(network("resnet32").state_dict(), tmp_path / "deep.pth")
     flags = ["--model_job", "teacher", "--checkpoint", tmp_path / "deep.pth"]
