@@ -433,16 +433,34 @@ def peak_memory(device: torch.device) -> int:
 
 
 def write_results() -> None:
-    """RESULTS.md from speed.json and accuracy.json, whichever are there, and speed.png."""
+    """RESULTS.md from speed.json, loss_cost.json and accuracy.json, whichever are there, and speed.png."""
     parts = ["# Benchmarks"]
-    speed, accuracy = HERE / "speed.json", HERE / "accuracy.json"
+    speed, loss_file, accuracy = HERE / "speed.json", HERE / "loss_cost.json", HERE / "accuracy.json"
     if speed.exists():
         measured = json.loads(speed.read_text())
         parts += speed_section(measured)
         plot(measured)
+    if loss_file.exists():
+        parts += losses_section(json.loads(loss_file.read_text()))
     if accuracy.exists():
         parts += accuracy_section(json.loads(accuracy.read_text()))
     (HERE / "RESULTS.md").write_text("\n\n".join(parts) + "\n")
+
+
+def losses_section(measured: dict) -> list[str]:
+    """What a step costs with each loss, as Markdown."""
+    rows = ["| loss | ms a step | ratio to kd | of the repeats |", "|---|---:|---:|---:|"]
+    for name, ratio in sorted(measured["ratio"].items(), key=lambda item: item[1]):
+        title = f"{name}, learns parts of its own" if name in measured["learns"] else name
+        low, high = measured["spread"][name]
+        rows.append(f"| {title} | {measured['milliseconds'][name]:.1f} | {ratio:.2f} | {low:.2f} to {high:.2f} |")
+    return [
+        "## What a loss costs",
+        f"    python {measured['command']}",
+        f"{measured['pair']}; {measured['device']}; whole steps (forward, loss, backward, Adam), the teacher's outputs "
+        f"remembered; medians of {measured['repeats']} alternating repeats. none: cross-entropy alone.",
+        "\n".join(rows),
+    ]
 
 
 def speed_section(measured: dict) -> list[str]:
