@@ -9,7 +9,7 @@ BIN := .venv/bin
 .PHONY: demo test lint clean
 
 demo: .venv/installed
-	$(BIN)/python reproduce.py --dataset digits --weights none --epochs 4 --batch_size 64
+	$(BIN)/python reproduce.py --dataset digits --weights none --epochs 4 --batch_size 64 --teacher_epochs 14 --scheduler_step 8
 
 # Two processes of one thread each: most of what the tests do is too small to be shared by threads.
 test: .venv/installed-dev

@@ -73,6 +73,7 @@ def parse() -> argparse.Namespace:
         type=cli.number(COUNT),
         help=f"of the rows with a step of {FULL_STEP}; the teacher's in proportion",
     )
+    parser.add_argument("--teacher_epochs", type=cli.number(EPOCHS), help="of the teacher, in place of its share")
     parser.add_argument("--learning_rate", type=cli.number(POSITIVE))
     parser.add_argument("--batch_size", type=cli.number(COUNT))
     cli.add_training_flag(parser)
@@ -121,8 +122,11 @@ def settle(args: argparse.Namespace, suite: Suite, parser: cli.Parser) -> None:
 def teacher_row(args: argparse.Namespace, teacher: Recipe) -> Recipe | None:
     """The recipe of the teacher that is to be trained before all others; None where it is not asked for."""
     if args.suite:
-        return scaled(suites.teacher_of(teacher, args.suite, suite_label(args, teacher)), args)
-    return scaled(teacher, args) if "teacher" in (args.jobs or RECIPES) else None
+        teacher = suites.teacher_of(teacher, args.suite, suite_label(args, teacher))
+    elif "teacher" not in (args.jobs or RECIPES):
+        return None
+    row = scaled(teacher, args)
+    return replace(row, epochs=args.teacher_epochs or row.epochs)
 
 
 def chosen_rows(args: argparse.Namespace, teacher: Recipe) -> list[Recipe]:

@@ -166,3 +166,25 @@ def test_rows_shrink_in_proportion(script):
     assert shape("distillation_KMJ1", epochs=10) == (12, 4)
     assert shape("teacher", epochs=100, scheduler_step=4) == (200, 5)
     assert shape("student", epochs=1) == (1, 1)
+
+
+def test_epochs_of_the_teacher_alone(script, small, tmp_path):
+    flags = [
+        "--weights",
+        "none",
+        "--batch_size",
+        10,
+        "--epochs",
+        1,
+        "--teacher_epochs",
+        3,
+        "--jobs",
+        "teacher",
+        "student",
+    ]
+    assert script("reproduce.py", *small, *flags).code == 0
+    results = tmp_path / "results" / "folder"
+    epochs = {
+        job: len(json.loads((results / f"{job}_seed0.json").read_text())["epochs"]) for job in ("teacher", "student")
+    }
+    assert epochs == {"teacher": 3, "student": 1}
