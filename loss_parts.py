@@ -23,12 +23,13 @@ def paired_stages(student: Outputs | Shapes, teacher: Outputs | Shapes) -> list[
     return [(maps, teacher.maps[name]) for name, maps in student.maps.items()]
 
 
-def hint_regressor(student: Shapes, teacher: Shapes, stage: int) -> nn.Conv2d:
-    """A 1x1 convolution from the student's channels at a stage to the teacher's. Raises UserError for no such stage."""
+def hint_regressor(student: Shapes, teacher: Shapes, stage: int) -> nn.Sequential:
+    """From the student's channels at a stage to the teacher's. Raises UserError for no such stage."""
     for name, shapes in (("student", student), ("teacher", teacher)):
         if f"stage{stage}" not in shapes.maps:
             raise UserError(f"--stage {stage}: the {name} has {len(shapes.maps)} stages only; choose one of them")
-    return nn.Conv2d(student.maps[f"stage{stage}"][0], teacher.maps[f"stage{stage}"][0], kernel_size=1)
+    narrow, wide = (shapes.maps[f"stage{stage}"][0] for shapes in (student, teacher))
+    return nn.Sequential(nn.Conv2d(narrow, wide, kernel_size=1), BatchNorm(wide), nn.ReLU())
 
 
 class VariationalRegressors(nn.ModuleList):

@@ -260,8 +260,9 @@ def fitnet(student: Outputs, teacher: Outputs, labels: torch.Tensor, stage: int,
     """FitNet = mean over all elements of (r(student map) - teacher map)^2, both at one stage; maps (B, C, H, W).
 
     Romero et al., "FitNets: Hints for Thin Deep Nets" (2015), equation 3: a hint from a middle stage, r a learnt
-    regressor, here a 1x1 convolution; as a mean, as the field computes it. The field's table has stage 2 and weight
-    100. Maps of different sizes are pooled to the smaller.
+    regressor, here as in the field's table a 1x1 convolution, batch norm and ReLU (without these the published weight
+    diverges); as a mean, as the field computes it. The field's table has stage 2 and weight 100. Maps of different
+    sizes are pooled to the smaller.
     """
     name = f"stage{stage}"
     small, hint = same_size(student.maps[name].float(), teacher.maps[name].detach().float())

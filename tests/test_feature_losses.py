@@ -84,7 +84,8 @@ def conv1x1(conv, maps):
 def test_fitnet(stage):
     named = parts("fitnet", stage=stage)
     s, t = list(stage_pairs())[stage - 1]
-    expected = ((conv1x1(named["parts"], s) - t) ** 2).mean()
+    conv = named["parts"][0]
+    expected = ((np.maximum(batch_norm(conv1x1(conv, s)), 0) - t) ** 2).mean()
     assert value("fitnet", S, T, named=named, stage=stage).item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -440,7 +441,7 @@ def test_a_loss_sees_no_more_of_the_teacher_than_it_needs(name):
 
 def test_objective_makes_the_parts_by_the_recipe_and_trains_them():
     objective = Objective(recipe("fitnet", stage=3), shapes(STUDENT), shapes(TEACHER))
-    assert sum(p.numel() for p in objective.parameters()) == 4 * 6 + 6
+    assert sum(p.numel() for p in objective.parameters()) == 4 * 6 + 6 + 2 * 6
     student = leaves(S)._replace(logits=torch.zeros(B, CLASSES))
     terms = objective(student, T, LABELS, torch.tensor(0.25))
     assert terms["loss"].item() == pytest.approx(0.25 * log(3) + 0.75 * terms["fitnet"].item(), rel=1e-6)
