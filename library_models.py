@@ -150,7 +150,7 @@ class Library(nn.Module):
         try:
             _on_meta(self, image_size)
         except (RuntimeError, AssertionError, ValueError) as error:  # a layer's, or the network's own check
-            reason = str(error).strip().partition("\n")[0]
+            reason = str(error).strip().partition("\n")[0].partition(" but got Proxy")[0]  # a trace knows no value
             raise UserError(f"{self.network_name} can't take images of {image_size} pixels: {reason}") from error
 
     def folded(self) -> nn.Module:
