@@ -40,7 +40,7 @@ CLAIMS = {
     "reviewkd": Claim(71.89, "Chen et al. 2021"),
     "dkd": Claim(71.97, "Zhao et al. 2022"),
     "dist": Claim(71.78, "Wang et al. 2023, KD++"),
-    "rld": Claim(72.00, "Sun et al. 2025"),
+    "rld": Claim(72.00, "Sun et al. 2025, as others quote it"),
 }
 
 # Whose papers let the loss grow over the first twelfth of the epochs.
