@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import Batches
-from util.runtime import Runtime
+from util.runtime import Runtime, synchronize
 
 BINS = 15  # of the calibration error
 BATCH = 64  # images at once where images/s are measured
@@ -44,8 +44,7 @@ def _seconds(network: nn.Module, images: torch.Tensor, runtime: Runtime) -> floa
         while sum(times) < SECONDS or len(times) < WARM_UP + 5:
             started = time.perf_counter()
             network(images)
-            if runtime.device.type == "cuda":
-                torch.cuda.synchronize(runtime.device)
+            synchronize(runtime.device)
             times.append(time.perf_counter() - started)
     return statistics.median(times[WARM_UP:])
 

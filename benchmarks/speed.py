@@ -168,8 +168,7 @@ class Side:
     def seconds(self, run: Callable[[], None]) -> float:
         started = time.perf_counter()
         run()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        runtime.synchronize(self.device)
         return time.perf_counter() - started
 
     def measured(self, run: Callable[[], None]) -> tuple[float, int]:
@@ -400,8 +399,7 @@ def fastest(run: Callable[[], object], device: torch.device) -> float:
     for _ in range(6):
         started = time.perf_counter()
         run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        runtime.synchronize(device)
         times.append(time.perf_counter() - started)
     return min(times)
 

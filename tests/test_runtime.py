@@ -334,3 +334,12 @@ def test_order_on_cuda_is_that_on_the_cpu(digits):
     for (i, a), (j, b) in zip(order(CPU), order(torch.device("cuda")), strict=True):
         assert i.equal(j)
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_time_is_taken_when_any_accelerator_is_done(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    devices = [torch.device(name) for name in ("cuda:1", "mps", "xpu")]
+    for device in (CPU, *devices):
+        runtime.synchronize(device)
+    assert waited == devices

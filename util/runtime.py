@@ -280,6 +280,12 @@ def free_memory(device: torch.device) -> int:
         return 0
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that it was given; a CPU always has."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def begin_peak_memory(device: torch.device) -> None:
     """Let peak_memory begin anew; on a CPU, where the system can't do so, it goes on."""
     if device.type == "cuda":
