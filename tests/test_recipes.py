@@ -34,7 +34,7 @@ TABLE = [
         "distillation_LDH10",
         "Distilled_resnet18_LDH10",
         MSE,
-        "first epoch",
+        "first epoch, then per epoch",
         None,
         0,
         0,

@@ -207,7 +207,7 @@ def expected_losses(recipe, root, teacher_file, epochs):
     soft = kd if T else mse
     # one batch an epoch
     ramp = [e / (epochs - 1) for e in range(epochs)]
-    alphas = {"per epoch": ramp, "per iteration": ramp, "first epoch": [1] * epochs}.get(recipe.alpha)
+    alphas = {"per epoch": ramp, "per iteration": ramp, "first epoch, then per epoch": [1, *ramp[1:]]}.get(recipe.alpha)
     alphas = alphas or [recipe.alpha] * epochs
     return [a * hard + (1 - a) * soft + recipe.beta * mse + recipe.gamma * s2t for a in alphas]
 

@@ -20,13 +20,13 @@ done
 
 where=(--dataset folder --data_dir "$out/images" --checkpoint_dir "$out/checkpoints" --results_dir "$out/results")
 python train.py --model_job teacher --epochs 5 --scheduler_step 2 --weights "$weights" "${where[@]}" --resume
-jobs=(student distillation distillation_KMJ0 distillation_LDH5 distillation_LDH6 distillation_LDH9)
+jobs=(student distillation distillation_KMJ0 distillation_LDH5 distillation_LDH6 distillation_LDH9 distillation_LDH10)
 python reproduce.py --epochs 10 --jobs "${jobs[@]}" --seeds 0 1 2 "${where[@]}"
 python reproduce.py --epochs 10 --jobs distillation_KMJ2 distillation_KMJ1 distillation_LDH{,2,3} "${where[@]}"
 
-# The readings of LDH10.
+# Other readings of LDH10.
 for seed in 0 1; do
-    for schedule in "first epoch" "each epoch" "first epoch, then 0.7" "first epoch, then per epoch"; do
+    for schedule in "first epoch" "each epoch" "first epoch, then 0.7"; do
         python train_distillation.py --model_job distillation_LDH10 --schedule "$schedule" --seed "$seed" \
             --name "LDH10_$(tr -cs 'a-z0-9.' _ <<<"$schedule" | sed 's/_$//')" \
             --epochs 10 --scheduler_step 4 "${where[@]}" --resume
