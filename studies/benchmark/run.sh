@@ -4,12 +4,12 @@
 #   studies/benchmark/run.sh CIFAR100 TEACHER OUT
 #
 # CIFAR100: a folder with CIFAR-100, in any form. TEACHER: chenyaofo's cifar100_resnet56 (72.63 %). OUT: where
-# checkpoints and results go. A student of all 240 epochs takes six hours of a CPU core with AVX512_BF16, with a live
-# teacher beside it ten; so the comparison is made at 30 epochs, milestones in proportion, beside a student and a kd of
-# 30 epochs, as only runs of equal length are compared. Those two are also trained for all 240.
+# checkpoints and results go. A student alone, of all 240 epochs, takes some six hours of a CPU core with AVX512_BF16, one
+# with a live teacher longer; so the comparison is made at 30 epochs, milestones in proportion, beside a student and a kd
+# of 30 epochs, as only runs of equal length are compared. Those two are also trained for all 240.
 #
-# On a CPU with two cores. So small a network gains little from a second thread, so two runs go side by side, a thread
-# each. Those of logits share a process, and with it the teacher's logits for each view of an image.
+# For a CPU with two cores: networks so small get more done in two runs side by side, a thread each, than in one with two
+# threads. Those of logits share a process, and with it the teacher's logits for each view of an image.
 set -euo pipefail
 cifar=$(realpath "$1") teacher=$(realpath "$2") out=$(realpath -m "$3")
 cd "$(dirname "$0")/../.."

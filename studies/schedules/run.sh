@@ -3,8 +3,8 @@
 #
 #   studies/schedules/run.sh CIFAR100 TEACHER OUT
 #
-# As studies/benchmark/run.sh, two runs side by side. 10 epochs each: 15 minutes of a CPU core with AVX512_BF16, with a
-# live teacher beside it half as much again.
+# As studies/benchmark/run.sh, two runs side by side. 10 epochs each: some 15 minutes of a CPU core with AVX512_BF16 for
+# the student alone, longer with a live teacher.
 set -euo pipefail
 cifar=$(realpath "$1") teacher=$(realpath "$2") out=$(realpath -m "$3")
 cd "$(dirname "$0")/../.."
