@@ -2,13 +2,15 @@
 
 Without augmentation a teacher's outputs for an image never change: one pass over the training images serves all rows,
 seeds and epochs, and is kept on the disk for the next command. With augmentation an image has 162 views (9 x 9 crops,
-flipped or not); the logits of each are computed when it is first seen. Of large images, whose crops are resized, no two
-views are alike: the teacher runs at every step.
+flipped or not); the logits of each are computed when it is first seen, and kept as well. Of large images, whose crops
+are resized, no two views are alike: the teacher runs at every step.
 """
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterable
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,31 @@ class Teacher:
             images = images * scale + shift
         with self.runtime.autocast():
             return self.network(images)._replace(head=self.network.classify, index=batch.index)
+
+    def cache_key(self, batches: Batches) -> str:
+        """Differs where the teacher's weights, the images, their normalisation or the arithmetic do."""
+        parts = [CACHE_FORMAT, self.sha256, self.runtime.device.type, self.runtime.precision, batches.fingerprint()]
+        parts += [scale.flatten().tolist() for scale in self.rescale or ()]
+        return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:32]
+
+    def make_room(self, key: str, size: int) -> None:
+        """Remove from the cache what other teachers or data left there; UserError where `size` bytes still don't fit.
+
+        The folder's lock must be held, as also what another process is writing is taken for left there.
+        """
+        killed = self.cache_dir.glob(".*.tmp")  # what a process leaves that is
+        for old in [*self.cache_dir.glob("*_*.np[yz]"), *killed]:
+            if not old.name.startswith(key):
+                old.unlink(missing_ok=True)
+        if size > 0.9 * shutil.disk_usage(self.cache_dir).free:
+            raise UserError(f"{self.cache_dir} has no room for {size / 1e6:,.1f} MB")
+
+    @contextmanager
+    def locked_cache(self) -> Iterator[None]:
+        """Hold the cache's lock, in a folder that can be written; else UserError."""
+        files.ensure_writable(self.cache_dir, "--checkpoint_dir")
+        with files.locked(self.cache_dir / ".lock", wait=True):
+            yield
 
     def source(self, batches: Batches, needs: frozenset[str]) -> Source:
         """What gives this teacher's outputs fastest for these batches: remembered ones where they can be, else itself.
@@ -156,11 +183,10 @@ class TeacherCache:
 
         False, and a line on stderr, where that can't be written.
         """
-        folder, key, forms = self.teacher.cache_dir, self._key(batches), self._forms(batches, names)
-        paths = {name: folder / f"{key}_{name}.npy" for name in forms}
+        key, forms = self.teacher.cache_key(batches), self._forms(batches, names)
+        paths = {name: self.teacher.cache_dir / f"{key}_{name}.npy" for name in forms}
         try:
-            files.ensure_writable(folder, "--checkpoint_dir")
-            with files.locked(folder / ".lock", wait=True):  # two runs that start together compute it once
+            with self.teacher.locked_cache():  # two runs that start together compute it once
                 missing = {name: paths[name] for name in forms if not _is_whole(paths[name], *forms[name])}
                 if missing:
                     self._write(batches, key, missing, forms)
@@ -188,13 +214,6 @@ class TeacherCache:
             forms[name] = ((n, height, width, channels), kind)
         return {name: form for name, form in forms.items() if name in names}
 
-    def _key(self, batches: Batches) -> str:
-        """Differs where the teacher's weights, the images, their normalisation or the arithmetic do."""
-        teacher = self.teacher
-        parts = [CACHE_FORMAT, teacher.sha256, self.device.type, teacher.runtime.precision, batches.fingerprint()]
-        parts += [scale.flatten().tolist() for scale in teacher.rescale or ()]
-        return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:32]
-
     def _write(
         self,
         batches: Batches,
@@ -203,13 +222,7 @@ class TeacherCache:
         forms: dict[str, tuple[tuple[int, ...], np.dtype]],
     ) -> None:
         """One pass of the teacher over all images, into the files. Those of other teachers or data make room first."""
-        folder = self.teacher.cache_dir
-        for old in [*folder.glob("*_*.npy"), *folder.glob(".*.tmp")]:  # the latter of a process that was killed
-            if not old.name.startswith(key):
-                old.unlink(missing_ok=True)
-        needed = sum(int(np.prod(forms[name][0])) * forms[name][1].itemsize for name in paths)
-        if needed > 0.9 * shutil.disk_usage(folder).free:
-            raise UserError(f"{folder} has no room for {needed / 1e6:,.1f} MB")
+        self.teacher.make_room(key, sum(int(np.prod(forms[name][0])) * forms[name][1].itemsize for name in paths))
         with files.replacing_all(list(paths.values())) as opened:
             sinks = dict(zip(paths, opened, strict=True))
             for name, sink in sinks.items():
@@ -254,13 +267,19 @@ def _is_whole(path: Path, shape: tuple[int, ...], kind: np.dtype) -> bool:
 
 
 class Views:
-    """A table of the teacher's logits for each view of each image, filled epoch by epoch as views are first seen."""
+    """A table of the teacher's logits for each view of each image, filled epoch by epoch as views are first seen.
+
+    What one epoch adds to it is also a file in the cache's folder, from which the runs to come, and those beside this
+    one, fill theirs: "views", int64 (n,), which view of which image, and "logits", (n, classes).
+    """
 
     def __init__(self, teacher: Teacher, batches: Batches):
-        self.teacher = teacher
+        self.teacher, self.key = teacher, teacher.cache_key(batches)
         device, n, classes = teacher.runtime.device, batches.n_images, teacher.network.num_classes
-        self.table = torch.empty(n, VIEWS, classes, dtype=self._kind(teacher), device=device)
-        self.filled = torch.zeros(n, VIEWS, dtype=torch.bool)  # on the CPU: to ask it is not to wait for the device
+        self.table = torch.empty(n * VIEWS, classes, dtype=self._kind(teacher), device=device)
+        self.filled = torch.zeros(n * VIEWS, dtype=torch.bool)  # on the CPU: to ask it is not to wait for the device
+        self.seen: set[Path] = set()  # files
+        self.keeps = True
 
     @staticmethod
     def _kind(teacher: Teacher) -> torch.dtype:
@@ -273,24 +292,55 @@ class Views:
 
     def of(self, batches: Batches) -> Source:
         """A function from a batch of `batches` to the teacher's outputs."""
-        current, codes = None, None
+        current, views = None, None
 
         def outputs(batch: Batch) -> Outputs:
-            nonlocal current, codes
+            nonlocal current, views
             if batch.epoch != current:
-                current, codes = batch.epoch, self._fill(batches, batch.epoch)
-            logits = self.table[batch.index, codes[batch.index]]
+                current, views = batch.epoch, self._fill(batches, batch.epoch)
+            logits = self.table[views[batch.index]]
             return Outputs(logits=logits.float(), head=self.teacher.network.classify, index=batch.index)
 
         return outputs
 
     def _fill(self, batches: Batches, epoch: int) -> torch.Tensor:
-        """Compute the views of that epoch that are not in the table yet; give each image's view, on the device."""
-        codes = batches.view_codes(epoch)
-        everything = torch.arange(batches.n_images)
-        missing = everything[~self.filled[everything, codes]]
-        device_codes = codes.to(self.teacher.runtime.device)
-        for batch in batches.of(missing, epoch, inference_batch(batches.device)):
-            self.table[batch.index, device_codes[batch.index]] = self.teacher(batch).logits.to(self.table.dtype)
-        self.filled[everything, codes] = True
-        return device_codes
+        """Have the views of that epoch in the table; give each image's place there, on the device."""
+        views = torch.arange(batches.n_images) * VIEWS + batches.view_codes(epoch)
+        self._read()
+        on_device = views.to(self.teacher.runtime.device)
+        missing = (~self.filled[views]).nonzero().squeeze(1)
+        if len(missing):
+            for batch in batches.of(missing, epoch, inference_batch(batches.device)):
+                self.table[on_device[batch.index]] = self.teacher(batch).logits.to(self.table.dtype)
+            self.filled[views] = True
+            self._keep(views[missing])
+        return on_device
+
+    def _read(self) -> None:
+        """Fill in what the files have that were not read yet; those that are damaged are left out."""
+        for path in sorted({*self.teacher.cache_dir.glob(f"{self.key}_views_*.npz")} - self.seen):
+            self.seen.add(path)
+            try:
+                with np.load(path, allow_pickle=False) as file:
+                    views, logits = (torch.from_numpy(file[name]) for name in ("views", "logits"))
+                self.table[views.to(self.table.device)] = logits.to(self.table)
+                self.filled[views] = True
+            except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+                continue
+
+    def _keep(self, views: torch.Tensor) -> None:
+        """Write these views' logits into a file. Where that can't be done, a line on stderr, once."""
+        if not self.keeps:
+            return
+        logits = self.table[views.to(self.table.device)].cpu().numpy()
+        name = hashlib.sha256(views.numpy().tobytes()).hexdigest()[:16]
+        path = self.teacher.cache_dir / f"{self.key}_views_{name}.npz"
+        self.seen.add(path)
+        try:
+            with self.teacher.locked_cache():
+                self.teacher.make_room(self.key, logits.nbytes + views.nbytes)
+                with files.replacing(path) as file:
+                    np.savez(file, views=views.numpy(), logits=logits)
+        except (UserError, OSError) as error:
+            self.keeps = False
+            say(f"the teacher's logits of augmented images are not kept for other runs ({error})")

@@ -271,6 +271,73 @@ def test_a_view_is_computed_once(digits, make, passes):
     assert 70 < seen <= 80  # two epochs of 40 images, but for views that came up twice
 
 
+def run_two_epochs(teacher, batches):
+    source = teacher.source(batches, LOGITS)
+    return [source(batch).logits for epoch in range(2) for batch in batches.epoch(epoch)]
+
+
+@pytest.mark.parametrize("precision", TOLERANCES)
+def test_views_outlive_the_process(digits, make, passes, precision):
+    batches = batches_of(digits, augment=True)
+    expected = run_two_epochs(make(precision=precision), batches)
+    n = len(passes)
+    given = run_two_epochs(make(precision=precision), batches)
+    assert len(passes) == n and torch.cat(given).equal(torch.cat(expected))
+
+
+def test_views_of_a_run_beside_this_one_are_taken(digits, make, passes):
+    batches, other = batches_of(digits, augment=True), batches_of(digits, augment=True)
+    source = make().source(batches, LOGITS)
+    first = next(batches.epoch(0))
+    source(first)
+    run_two_epochs(make(), other)
+    n = len(passes)
+    same(source(next(batches.epoch(1))), make()(next(batches.epoch(1)))._replace(last_map=None, maps={}))
+    assert len(passes) == n + 1  # the one that this test compares with
+
+
+@pytest.mark.parametrize("change", ["weights", "precision", "mean"])
+def test_views_of_another_teacher_are_not_taken(digits, make, tmp_path, change):
+    batches = batches_of(digits, augment=True)
+    run_two_epochs(make(), batches)
+    before = set((tmp_path / "cache").iterdir())
+    teacher = make(
+        sha="another" if change == "weights" else "sha", precision="bf16" if change == "precision" else "fp32"
+    )
+    if change == "mean":
+        batches.mean = batches.mean + 0.01
+    expected = [teacher(batch).logits for epoch in range(2) for batch in batches.epoch(epoch)]
+    given = run_two_epochs(teacher, batches)
+    tolerance = TOLERANCES[teacher.runtime.precision]
+    torch.testing.assert_close(torch.cat(given), torch.cat(expected).float(), rtol=tolerance, atol=tolerance)
+    assert before.isdisjoint((tmp_path / "cache").iterdir())  # the files of before made room
+
+
+@pytest.mark.parametrize("damage", ["cut short", "empty", "garbage", "a bit", "pickle"])
+def test_a_damaged_file_of_views_is_left_out(digits, make, passes, tmp_path, damage):
+    batches = batches_of(digits, augment=True)
+    expected = run_two_epochs(make(), batches)
+    n = len(passes)
+    for path in (tmp_path / "cache").iterdir():
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        new = {"cut short": content[:-1], "empty": b"", "garbage": b"garbage" * 100, "a bit": content}
+        path.write_bytes(new.get(damage, b"\x80\x02N."))
+    given = run_two_epochs(make(), batches)
+    assert len(passes) == 2 * n and torch.cat(given).equal(torch.cat(expected))
+
+
+def test_views_that_cannot_be_kept_are_told_of_once(digits, make, monkeypatch, capfd, tmp_path):
+    batches = batches_of(digits, augment=True)
+    expected = run_two_epochs(make(), batches)
+    for path in (tmp_path / "cache").iterdir():
+        path.unlink()
+    monkeypatch.setattr(teachers.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000})())
+    given = run_two_epochs(make(), batches)
+    assert torch.cat(given).equal(torch.cat(expected)) and not [*(tmp_path / "cache").iterdir()]
+    assert ["not kept for other runs" in line for line in capfd.readouterr().err.splitlines()] == [True]
+
+
 def test_maps_of_views_are_live(digits, make):
     teacher = make()
     assert teacher.source(batches_of(digits, augment=True), BOTH) is teacher

@@ -9,7 +9,7 @@
 # of 30 epochs, as only runs of equal length are compared. Those two are also trained for all 240.
 #
 # For a CPU with two cores: networks so small get more done in two runs side by side, a thread each, than in one with two
-# threads. Those of logits share a process, and with it the teacher's logits for each view of an image.
+# threads. Those of logits share the teacher's logits for each view of an image.
 set -euo pipefail
 cifar=$(realpath "$1") teacher=$(realpath "$2") out=$(realpath -m "$3")
 cd "$(dirname "$0")/../.."
