@@ -506,16 +506,12 @@ def with_statistics(args: argparse.Namespace, recipe: Recipe, network: jobs.Trai
 
 def checkpoint_dir(args: argparse.Namespace) -> Path:
     """The folder of the checkpoints, as given or by the data set."""
-    return args.checkpoint_dir or _default_dir("checkpoints", args.dataset)
+    return args.checkpoint_dir or jobs.default_dir("checkpoints", args.dataset)
 
 
 def results_dir(args: argparse.Namespace) -> Path:
     """The folder of the results, as given or by the data set."""
-    return args.results_dir or _default_dir("results", args.dataset)
-
-
-def _default_dir(name: str, dataset: str) -> Path:
-    return Path(name) if dataset == "cifar100" else Path(name, dataset)
+    return args.results_dir or jobs.default_dir("results", args.dataset)
 
 
 def load_data(args: argparse.Namespace, chosen: Runtime, about: dict[str, Any] | None = None) -> data.Dataset:

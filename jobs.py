@@ -3,6 +3,7 @@
 import functools
 import math
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -106,6 +107,11 @@ class Trained(NamedTuple):
 def checkpoint_path(recipe: Recipe, folder: Path, seed: int = 0, name: str | None = None) -> Path:
     """Where a run's checkpoint is in the folder of the checkpoints: those of seed 0 there, others in seed<k>/."""
     return (folder / f"seed{seed}" if seed else folder) / f"{name or recipe.checkpoint}.pth"
+
+
+def default_dir(name: str, dataset: str) -> Path:
+    """Where the "checkpoints" or the "results" of a data set go unless the user says it."""
+    return Path(name) if dataset == "cifar100" else Path(name, dataset)
 
 
 def paths(recipe: Recipe, setup: Setup) -> Paths:
@@ -556,15 +562,7 @@ def load(
     dataset: a name, for the command that would make a checkpoint that is missing. stem, image_size: as the user has
     them, for a checkpoint that does not show its stem.
     """
-    script = "train_distillation.py" if recipe.distils else "train.py"
-    flags = "" if dataset == "cifar100" else f" --dataset {dataset}"
-    if recipe.training != "reference":
-        flags = f" --training {recipe.training}{flags}"
-    if recipe.arch:
-        flags = f" --{'teacher' if recipe.network == 'teacher' else 'student'}_arch {recipe.arch}{flags}"
-    # Other networks and trainings have added to the name of the row.
-    job = max((row for row in RECIPES if f"{recipe.job}_".startswith(f"{row}_")), key=len, default=recipe.job)
-    hint = f"make it with: python {script} --model_job {job}{flags}"
+    hint = _how_to_make(recipe, path, dataset)
     state, about = checkpoint.read(path, hint, recipe.built)
     if about and recipe.arch and models.canonical(about["network"]) != models.canonical(recipe.arch):
         raise UserError(f"{path} holds a {about['network']}, not the {recipe.arch} needed here")
@@ -576,6 +574,28 @@ def load(
     network = models.build(recipe.built, classes, stem)
     checkpoint.load(network, recipe.built, path, hint)
     return Trained(network, about)
+
+
+def _how_to_make(recipe: Recipe, path: Path, dataset: str) -> str:
+    """What to do where the recipe's checkpoint is not at that path."""
+    if path.stem != recipe.checkpoint:  # a file of the user's own
+        return "give another file"
+    script = "train_distillation.py" if recipe.distils else "train.py"
+    # Other networks and trainings have added to the name of the row.
+    job = max((row for row in RECIPES if f"{recipe.job}_".startswith(f"{row}_")), key=len, default=recipe.job)
+    flags = ["--model_job", job]
+    if recipe.arch:
+        flags += ["--teacher_arch" if recipe.network == "teacher" else "--student_arch", recipe.arch]
+    if recipe.training != "reference":
+        flags += ["--training", recipe.training]
+    if dataset != "cifar100":
+        flags += ["--dataset", dataset]
+    folder, seed = path.parent, re.fullmatch(r"seed([1-9][0-9]*)", path.parent.name)
+    if seed:
+        folder, flags = folder.parent, [*flags, "--seed", seed[1]]
+    if folder != default_dir("checkpoints", dataset):
+        flags += ["--checkpoint_dir", str(folder)]
+    return f"make it with: python {script} {shlex.join(flags)}"
 
 
 def check_fit(trained: Trained, dataset: Dataset, path: Path) -> None:

@@ -309,7 +309,7 @@ BAD_FLAGS = [
     (["--val_fraction", "1"], "--val_fraction: 1 is not a number from 0 to below 1"),
     (["--beta", "0.5"], "--beta", "no projector"),
     (["--gamma", "0"], "--gamma", "no projector"),
-    (["--teacher", "nowhere.pth"], "nowhere.pth does not exist", "python train.py --model_job teacher"),
+    (["--teacher", "nowhere.pth"], "nowhere.pth does not exist; give another file"),
     (["--data_dir", "nowhere"], "nowhere"),
     (["--image_size", "4"], "--image_size 4 is too small"),
     (["--no_such_flag"], "--no_such_flag"),
@@ -337,6 +337,13 @@ def test_test_ldh_keeps_to_its_rows(script):
 def test_the_missing_checkpoint_is_told_how_to_make(script, small):
     ran = script("test.py", "--model_job", "distillation_LDH3", *small)
     refused(ran, "Distilled_resnet18_LDH3.pth does not exist", "train_distillation.py --model_job distillation_LDH3")
+
+
+def test_how_to_make_a_checkpoint_is_the_whole_command(script, tmp_path):
+    where = ("--dataset", "digits", "--checkpoint_dir", tmp_path / "my files")
+    makes = f"python train.py --model_job student --dataset digits --seed 3 --checkpoint_dir '{tmp_path / 'my files'}'"
+    ran = script("test.py", "--model_job", "student", "--seed", 3, *where)
+    refused(ran, f"resnet18.pth does not exist; make it with: {makes}")
 
 
 def test_a_teacher_of_other_classes(script, ready, tmp_path):
