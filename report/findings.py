@@ -6,6 +6,7 @@ from recipes import RECIPES
 from report.results import Rows
 from report.statistics import LEVEL, Comparison, against, fewest_images, gains_on_student, noise
 
+FEWEST_SEEDS = 2  # of both rows, for a claim: one seed tells of two networks, not of two methods
 FEW_IMAGES = 1000  # with fewer test images, a difference that a paper would report is a handful of them
 
 
@@ -99,6 +100,7 @@ def claims(rows: Rows) -> list[Claim]:
 
     "yes" takes rows that are all beyond noise in its favour (see statistics.Comparison), "no" one that is beyond noise
     against it. "Within noise" is yes where every interval lies within the points by which two runs differ by chance.
+    Rows that share one seed alone with what they are compared with count for neither.
     """
     reference = {job: row for job, row in RECIPES.items() if row.reference}
     features = [job for job, row in reference.items() if row.network == "feature_student"]
@@ -135,7 +137,7 @@ def _best(rows: Rows, text: str, best: str, rivals: list[str]) -> Claim:
 def _within(rows: Rows, text: str, baseline: str, names: list[str]) -> Claim:
     found = _compared(rows, baseline, names)
     limit = noise(rows)
-    inside = [c.interval is not None and max(map(abs, c.interval)) <= limit for c in found.values()]
+    inside = [_counts(c) and c.interval is not None and max(map(abs, c.interval)) <= limit for c in found.values()]
     different = any(_sign(comparison) for comparison in found.values())
     verdict = "no" if different else "yes" if inside.count(True) == len(names) else "not settled"
     evidence = _evidence(found, baseline, names)
@@ -150,9 +152,13 @@ def _compared(rows: Rows, baseline: str, names: list[str]) -> dict[str, Comparis
     return {name: found[name] for name in names if name in found}
 
 
+def _counts(found: Comparison) -> bool:
+    return len(found.gains) >= FEWEST_SEEDS
+
+
 def _sign(found: Comparison) -> int:
-    """1 above, -1 below, both beyond noise; else 0."""
-    return 0 if not found.beyond_noise else 1 if found.gain > 0 else -1
+    """1 above, -1 below, both beyond noise and over seeds enough; else 0."""
+    return 0 if not (found.beyond_noise and _counts(found)) else 1 if found.gain > 0 else -1
 
 
 def _evidence(found: dict[str, Comparison], baseline: str, names: list[str]) -> list[str]:
@@ -173,7 +179,7 @@ def claims_section(rows: Rows) -> str:
     lines = [
         "## The reference's claims",
         f"Yes or no only where it is beyond noise at {100 * LEVEL:.0f} %, with Holm's correction over the rows "
-        "compared with the same one; a difference of one seed holds for these two networks, another seed may move it.",
+        "compared with the same one, and over two seeds or more: one seed tells of two networks, not of two methods.",
     ]
     for claim in claims(rows):
         evidence = "\n".join(f"- {line}" for line in claim.evidence)

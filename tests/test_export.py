@@ -208,7 +208,9 @@ def test_bad_flags(script, student, tmp_path):
     refused(export(script, student, "torch", tmp_path / "x.onnx"), "x.onnx", ".pt2")
     refused(export(script, student, "torch", tmp_path / "x.pt2", "--int8"), "--int8", "--format onnx")
     refused(export(script, student, "torch", tmp_path / "x.pt2", "--precision", "bf16"), "--precision")
-    refused(export(script, (tmp_path / "no.pth",), "torch", tmp_path / "x.pt2"), "no.pth does not exist; give another file")
+    refused(
+        export(script, (tmp_path / "no.pth",), "torch", tmp_path / "x.pt2"), "no.pth does not exist; give another file"
+    )
     (tmp_path / "file").write_text("")
     refused(export(script, student, "torch", tmp_path / "file" / "x.pt2"), "cannot write", "--out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]

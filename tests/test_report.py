@@ -601,7 +601,7 @@ def test_findings_where_nothing_gains(tmp_path):
     assert facts[-1] == "No distilled row is above the student on hard labels alone."
 
 
-def put_claimed(folder, more=(), seeds=1):
+def put_claimed(folder, more=(), seeds=2):
     """All rows: of 400 images the student has 100 right, LDH6 160, and each other 130, or as many as `more` says."""
     right = dict.fromkeys(RECIPES, 130) | {STUDENT: 100, LDH6: 160} | dict(more)
     for job, count in right.items():
@@ -615,7 +615,7 @@ def test_claims_that_hold(tmp_path):
     assert [claim.verdict for claim in found] == ["yes", "yes", "yes", "yes"]
     assert len(found[0].evidence) == 7 and len(found[3].evidence) == 11
     assert found[0].evidence[0].startswith("distillation_LDH against student: +7.50 points (95 % interval +")
-    assert "1 seed, p <0.0001 after Holm, beyond noise" in found[0].evidence[0]
+    assert "2 seeds, p <0.0001 after Holm, beyond noise" in found[0].evidence[0]
     text = report_text(tmp_path, with_claims=True)
     assert "**distillation_LDH6 is the best of the students: yes.**\n\n- student against distillation_LDH6: -15" in text
 
@@ -628,10 +628,18 @@ def test_claims_that_do_not_hold(tmp_path):
 def test_claims_that_are_not_settled(tmp_path):
     found = put_claimed(tmp_path, {"distillation_LDH": 101, "distillation_LDH9": 161})
     assert [claim.verdict for claim in found] == ["not settled", "not settled", "yes", "not settled"]
-    (tmp_path / "distillation_KMJ0_seed0.json").unlink()
+    for path in tmp_path.glob("distillation_KMJ0_*.json"):
+        path.unlink()
     claim = findings.claims(results.read(tmp_path))[2]
     assert claim.verdict == "not settled"
     assert claim.evidence[-1] == "no run to compare with distillation: distillation_KMJ0"
+
+
+@pytest.mark.parametrize("more", [{}, {"distillation_LDH": 60, "distillation_LDH9": 220, "distillation_KMJ0": 200}])
+def test_one_seed_settles_no_claim(tmp_path, more):
+    found = put_claimed(tmp_path, more, seeds=1)
+    assert [claim.verdict for claim in found] == ["not settled"] * 4
+    assert "1 seed, p <0.0001 after Holm, beyond noise" in found[0].evidence[0]
 
 
 def test_claims_are_judged_as_the_table_judges(tmp_path):

@@ -5,7 +5,7 @@
 #
 # CIFAR100: a folder with CIFAR-100 as PNGs, train/<class>/* and test/<class>/*. WEIGHTS: an ImageNet ResNet-50, a
 # state_dict. OUT: where checkpoints and results go. About 25 minutes for the teacher and 15 for each student on two
-# CPU cores with AVX512_BF16, and there are 30 of these.
+# CPU cores with AVX512_BF16, and there are 32 of these.
 set -euo pipefail
 cifar=$(realpath "$1") weights=$(realpath "$2") out=$(realpath -m "$3")
 cd "$(dirname "$0")/../.."
@@ -20,9 +20,9 @@ done
 
 where=(--dataset folder --data_dir "$out/images" --checkpoint_dir "$out/checkpoints" --results_dir "$out/results")
 python train.py --model_job teacher --epochs 5 --scheduler_step 2 --weights "$weights" "${where[@]}" --resume
-jobs=(student distillation distillation_KMJ0 distillation_LDH5 distillation_LDH6 distillation_LDH9 distillation_LDH10)
+jobs=(student distillation distillation_KMJ0 distillation_LDH{,5,6,9,10})
 python reproduce.py --epochs 10 --jobs "${jobs[@]}" --seeds 0 1 2 "${where[@]}"
-python reproduce.py --epochs 10 --jobs distillation_KMJ2 distillation_KMJ1 distillation_LDH{,2,3} "${where[@]}"
+python reproduce.py --epochs 10 --jobs distillation_KMJ2 distillation_KMJ1 distillation_LDH2 distillation_LDH3 "${where[@]}"
 
 # Other readings of LDH10.
 for seed in 0 1; do
