@@ -89,8 +89,8 @@ class Teacher:
 
         The folder's lock must be held, as also what another process is writing is taken for left there.
         """
-        killed = self.cache_dir.glob(".*.tmp")  # what a process leaves that is
-        for old in [*self.cache_dir.glob("*_*.np[yz]"), *killed]:
+        leftovers = self.cache_dir.glob(".*.tmp")  # of processes that were killed
+        for old in [*self.cache_dir.glob("*_*.np[yz]"), *leftovers]:
             if not old.name.startswith(key):
                 old.unlink(missing_ok=True)
         if size > 0.9 * shutil.disk_usage(self.cache_dir).free:
