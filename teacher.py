@@ -251,11 +251,12 @@ class TeacherCache:
 
 def _bytes(values: torch.Tensor, kind: np.dtype, name: str) -> bytes:
     """The values, maps with their channels last, as they stand in a file. Raises UserError where they overflow."""
-    values = values.float().cpu()
+    values = values.float()
     if values.abs().max() > np.finfo(kind).max:
         raise UserError(f"some values of its {name.replace('_', ' ')} are too large for {kind}")
     values = values.permute(0, 2, 3, 1) if values.ndim == 4 else values
-    return values.numpy().astype(kind).tobytes()
+    # Rounded and put in order on the device, which is quick at it, so that no more than what is kept comes from there.
+    return values.to(getattr(torch, kind.name)).contiguous().cpu().numpy().tobytes()
 
 
 def _is_whole(path: Path, shape: tuple[int, ...], kind: np.dtype) -> bool:

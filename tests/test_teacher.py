@@ -11,7 +11,6 @@ import teacher as teachers
 from data import Batches, Split
 from outputs import STAGES
 from teacher import Teacher
-from util import runtime
 from util.runtime import Runtime
 
 CPU = torch.device("cpu")
@@ -361,18 +360,3 @@ def test_view_codes_tell_views_apart(digits):
     views, codes = batches.views(0), batches.view_codes(0)
     assert codes.min() >= 0 and codes.max() < data.VIEWS
     assert len({tuple(view) for view in views.tolist()}) == len(codes.unique())
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("free", [0, 1 << 40])
-def test_remembered_on_the_host_and_on_cuda(digits, network, tmp_path, monkeypatch, free):
-    monkeypatch.setattr(teachers, "free_memory", lambda device: free)
-    hardware = runtime.choose("cuda", "fp32")
-    split = Split(digits.train.images[:40], digits.train.labels[:40])
-    batches = Batches(split, digits.mean, digits.std, 16, hardware.device, shuffle=True)
-    teacher = Teacher(network, hardware, "sha", 50.0, cache_dir=tmp_path)
-    source = teacher.source(batches, BOTH)
-    for batch in batches.epoch(0):
-        given = source(batch)
-        assert given.logits.is_cuda and given.last_map.is_cuda
-        same(given, teacher(batch), 1e-3)
