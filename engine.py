@@ -129,7 +129,7 @@ def fit(
         at = Position(epoch + 1)
         keeper.figures.append(figures)
         yield figures
-        if keeper.path:
+        if keeper.path and (epoch + 1 == epochs or keeper.idle()):
             keeper.save(_snapshot(network, objective, optimiser, at, processes))
 
 

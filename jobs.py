@@ -362,6 +362,8 @@ def _trained(
         mixing=Mixing(training.mixup, training.cutmix) if training.mixes else None, processes=processes,
     )  # fmt: skip
     source, objective = aim(recipe, network, teacher, batches)
+    if setup.compile and source is teacher and teacher:  # which then runs at every step
+        teacher.forward = forward_of(teacher.network, batches, runtime, trained=False)
     if keeper.state:
         at = keeper.state["position"]
         say(f"{recipe.job}: going on after {at['epoch']} epochs and {at['iteration']} batches")
@@ -491,10 +493,12 @@ def _batch_norm(setup: Setup) -> str:
     return f"each of {size} parts of a batch"
 
 
-def forward_of(network: nn.Module, batches: Batches, runtime: Runtime) -> Callable[[torch.Tensor], Outputs]:
+def forward_of(
+    network: nn.Module, batches: Batches, runtime: Runtime, *, trained: bool = True
+) -> Callable[[torch.Tensor], Outputs]:
     """The network compiled for the batches, on the very same weights."""
     images = batches.batch_size // runtime.processes.size
-    return compiled(network, (images, 3, batches.size, batches.size), runtime)
+    return compiled(network, (images, 3, batches.size, batches.size), runtime, trained=trained)
 
 
 def test(trained: Trained, dataset: Dataset, runtime: Runtime) -> engine.Figures:

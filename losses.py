@@ -20,7 +20,7 @@ from loss_parts import Contrast, Review, VariationalRegressors, hint_regressor, 
 from outputs import Outputs, Shapes
 from recipes import TRAININGS, Recipe
 from util.bounds import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, YES_OR_NO, Bound
-from util.runtime import UserError, widest
+from util.runtime import UserError, send, widest
 
 
 class Setting(NamedTuple):
@@ -411,7 +411,7 @@ def crd(
     s = F.normalize(parts.embed_student(pooled(student.last_map)))
     t = F.normalize(parts.embed_teacher(pooled(teacher.last_map.detach())))
     parts.labels[teacher.index] = labels
-    drawn = torch.randperm(len(parts.labels))[:negatives].to(labels.device)
+    drawn = send(torch.randperm(len(parts.labels))[:negatives], labels.device)
     other = parts.labels[drawn] != labels.unsqueeze(1)
     log_ratio = math.log(negatives / len(parts.labels))
     total = 0

@@ -49,7 +49,8 @@ class FeatureStudent(CifarResNet):
 
     def forward(self, images: torch.Tensor) -> Outputs:
         outputs = super().forward(images)
-        return outputs._replace(projected=self.proj(outputs.last_map))
+        # Not by _replace, which torch.compile could not do before PyTorch 2.12.
+        return Outputs(outputs.logits, outputs.last_map, outputs.maps, self.proj(outputs.last_map))
 
 
 NETWORKS: dict[str, Callable[[int], nn.Module]] = {

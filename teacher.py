@@ -35,7 +35,7 @@ class Teacher:
     """A teacher in eval mode, its parameters frozen, batch norm folded into the convolutions.
 
     Called with a batch, it gives all its outputs: logits, feature maps, its head, through which a gradient reaches the
-    student, and the images' index.
+    student, and the images' index. forward: what its images go through, the network, or the network compiled.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Teacher:
         shown: how the images of the batches are normalised; normalisation: how the teacher wants them, where it
         differs. given: it, where it is the user's and not the checkpoint's word.
         """
-        self.network = folded(network).to(runtime.device)
+        self.network = self.forward = folded(network).to(runtime.device)
         self.runtime, self.sha256, self.top1, self.cache_dir = runtime, sha256, top1, cache_dir
         self.needs, self.given = frozenset(needs), given
         self.rescale = None if normalisation in (None, shown) else _rescaling(shown, normalisation, runtime.device)
@@ -76,7 +76,7 @@ class Teacher:
             scale, shift = self.rescale
             images = images * scale + shift
         with self.runtime.autocast():
-            return self.network(images)._replace(head=self.network.classify, index=batch.index)
+            return self.forward(images)._replace(head=self.network.classify, index=batch.index)
 
     def cache_key(self, batches: Batches) -> str:
         """Differs where the teacher's weights, the images, their normalisation or the arithmetic do."""
@@ -267,6 +267,14 @@ def _is_whole(path: Path, shape: tuple[int, ...], kind: np.dtype) -> bool:
     return values.shape == shape and values.dtype == kind
 
 
+def _filled_up(indices: torch.Tensor, size: int) -> torch.Tensor:
+    """The indices with the first one repeated until they are whole batches of that size.
+
+    For each new shape a GPU's convolutions are chosen by trial, which takes it longer than the images that are added.
+    """
+    return torch.cat([indices, indices[:1].expand(-len(indices) % size)])
+
+
 class Views:
     """A table of the teacher's logits for each view of each image, filled epoch by epoch as views are first seen.
 
@@ -311,7 +319,9 @@ class Views:
         on_device = views.to(self.teacher.runtime.device)
         missing = (~self.filled[views]).nonzero().squeeze(1)
         if len(missing):
-            for batch in batches.of(missing, epoch, inference_batch(batches.device)):
+            size = inference_batch(batches.device)
+            whole = missing if batches.device.type == "cpu" else _filled_up(missing, size)
+            for batch in batches.of(whole, epoch, size):
                 self.table[on_device[batch.index]] = self.teacher(batch).logits.to(self.table.dtype)
             self.filled[views] = True
             self._keep(views[missing])

@@ -260,11 +260,12 @@ def test_images_streamed(script, distilling):
     assert ran.code == 0, ran.err
 
 
-def test_compiled(script, distilling):
-    plain, ran = (
-        script("train_distillation.py", *distilling, "--precision", "fp32", "--compile", how, "--name", how)
-        for how in ("off", "on")
-    )
+@pytest.mark.parametrize("live", [False, True])
+def test_compiled(script, distilling, live):
+    """Over enough steps that CUDA graphs are replayed; a teacher that runs at every step is compiled as well."""
+    flags = [*distilling, "--precision", "fp32", "--epochs", 6, "--learning_rate", 1e-4]
+    flags += ["--augment"] if live else []
+    plain, ran = (script("train_distillation.py", *flags, "--compile", how, "--name", how) for how in ("off", "on"))
     assert ran.code == 0 and "torch.compile failed" not in ran.err, ran.err
     assert losses_of(ran.out) == pytest.approx(losses_of(plain.out), rel=0.01)
 

@@ -132,8 +132,8 @@ def hang_up(running, folder):
         time.sleep(1.2 * runstate.ONE_WISH)
         if running.poll() is not None:
             return
-    before = (folder / "resnet18.state").stat().st_ino
-    wait_until(lambda: (folder / "resnet18.state").stat().st_ino != before, running)
+    seen = set()  # states, of which there is none for a moment between two renames
+    wait_until(lambda: seen.add((folder / "resnet18.state").stat().st_ino) or len(seen) > 1, running)
 
 
 def wait_until(true, running):

@@ -148,6 +148,13 @@ class Keeper:
         self.stop = max(0, agreed - SAVE)
         return agreed > 0
 
+    def idle(self) -> bool:
+        """Whether a state can be saved without waiting for the one before; all processes get the same answer.
+
+        A short epoch is over before the state of the one before is on the disk.
+        """
+        return bool(self.processes.broadcast(self._written is None or self._written.done()))
+
     def save(self, state: State) -> None:
         """Save the state, tensors and plain types that nobody changes any more, while the run goes on.
 

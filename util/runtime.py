@@ -243,17 +243,23 @@ def _silence(stream: TextIO) -> None:
         pass
 
 
-def compiled(network: torch.nn.Module, shape: tuple[int, ...], runtime: Runtime) -> Callable[[torch.Tensor], tuple]:
+def compiled(
+    network: torch.nn.Module, shape: tuple[int, ...], runtime: Runtime, *, trained: bool = True
+) -> Callable[[torch.Tensor], tuple]:
     """The network compiled for images of that shape, channels last; images of another shape go to the network itself.
 
-    Tried out here, on images of zeros, that nothing may fail later; where it fails, a line on stderr and the network.
+    On CUDA each pass is one CUDA graph, started as a whole: launched one by one, its kernels take a CPU longer than the
+    GPU needs for them. What a pass gives lasts until the next one. trained: it is asked for gradients. Tried out here,
+    on images of zeros, that nothing may fail later; where it fails, a line on stderr and the network.
     """
     buffers = {name: value.clone() for name, value in network.named_buffers()}
-    fast = torch.compile(network, dynamic=False)
+    fast = torch.compile(network, dynamic=False, mode="reduce-overhead" if runtime.device.type == "cuda" else None)
     try:
-        with runtime.autocast():
+        with runtime.autocast(), torch.set_grad_enabled(trained):
             images = torch.zeros(shape, device=runtime.device).to(memory_format=torch.channels_last)
-            fast(images)[0].sum().backward()  # to try the backward pass any output will do: the first is always there
+            output = fast(images)[0]  # to try the backward pass any output will do: the first is always there
+            if trained:
+                output.sum().backward()
     except Exception as error:  # a compiler can fail in any way
         reason = str(error).strip().partition("\n")[0]
         say(f"torch.compile failed ({type(error).__name__}: {reason}); going on without it")
