@@ -8,6 +8,7 @@ import random
 import re
 import signal
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -384,6 +385,28 @@ def trained(tmp_path):
     keeper.figures.append({"epoch": 1})
     keeper.save({"position": {"epoch": 2}})
     return keeper
+
+
+def test_a_keeper_is_not_idle_while_it_writes(trained, monkeypatch):
+    trained._failed()
+    may_end = threading.Event()
+    monkeypatch.setattr(runstate, "save", lambda *state: may_end.wait(60))
+    assert trained.idle()
+    trained.save({"position": {"epoch": 2}})
+    assert not trained.idle()
+    may_end.set()
+    trained._failed()
+    assert trained.idle()
+
+
+@pytest.mark.parametrize("idle, saves", [(True, 8), (False, 1)])
+def test_an_epoch_does_not_wait_for_the_state_of_the_one_before(script, small, folder, monkeypatch, idle, saves):
+    """But the last one, whose state the checkpoint is made from if it can't be written at once."""
+    saved, save = [], runstate.Keeper.save
+    monkeypatch.setattr(runstate.Keeper, "save", lambda self, state: saved.append(1) or save(self, state))
+    monkeypatch.setattr(runstate.Keeper, "idle", lambda self: idle)
+    assert script("train.py", "--model_job", "student", *small, "--checkpoint_dir", folder, *RUN).code == 0
+    assert len(saved) == saves
 
 
 def test_the_state_goes_when_all_files_are_written(trained):

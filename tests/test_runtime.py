@@ -285,6 +285,15 @@ def test_no_file_takes_the_place_of_a_closed_stderr():
     assert in_a_process(print_to_closed) > 2
 
 
+@pytest.mark.filterwarnings("ignore:User provided device_type")
+def test_compiled_passes_are_cuda_graphs_on_cuda_alone(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda network, *, mode, **_: modes.append(mode) or network)
+    for device in ("cpu", "cuda"):
+        runtime.compiled(Small(), (4, 3, 8, 8), Runtime(torch.device(device), "fp32"))
+    assert modes == [None, "reduce-overhead"]
+
+
 def test_say_without_a_stderr(monkeypatch, capsys):
     with open(os.devnull) as unwritable:
         for stderr in (None, unwritable):

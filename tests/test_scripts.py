@@ -161,12 +161,21 @@ def test_held_out_images(script, small, small_teacher, tmp_path):
     assert "val_top1" in (tmp_path / "results" / "folder" / "distillation_seed0.csv").read_text().splitlines()[0]
 
 
-def test_compiling_is_asked_for(script, small, monkeypatch):
+@pytest.mark.parametrize(
+    "flags, trained",
+    [
+        (["train.py", "--model_job", "student", "--compile", "off"], []),
+        (["train.py", "--model_job", "student", "--compile", "on"], [True]),
+        (["train_distillation.py", "--model_job", "distillation_LDH6", "--compile", "on"], [True]),
+        # The maps of augmented images are not remembered: the teacher runs at every step.
+        (["train_distillation.py", "--model_job", "distillation_LDH6", "--augment", "--compile", "on"], [False, True]),
+    ],
+)
+def test_what_runs_at_every_step_is_compiled(script, ready, monkeypatch, flags, trained):
     asked = []
-    monkeypatch.setattr(jobs, "compiled", lambda network, *args: asked.append(args) or network)
-    for flags in ([], ["--compile", "on"]):
-        assert script("train.py", "--model_job", "student", *small, "--epochs", 1, "--overwrite", *flags).code == 0
-    assert len(asked) == 1
+    monkeypatch.setattr(jobs, "compiled", lambda network, *shape, trained: asked.append(trained) or network)
+    assert script(*flags, *ready, "--epochs", 1).code == 0
+    assert asked == trained
 
 
 # figures

@@ -360,3 +360,8 @@ def test_view_codes_tell_views_apart(digits):
     views, codes = batches.views(0), batches.view_codes(0)
     assert codes.min() >= 0 and codes.max() < data.VIEWS
     assert len({tuple(view) for view in views.tolist()}) == len(codes.unique())
+
+
+def test_batches_filled_up():
+    assert teachers._filled_up(torch.tensor([4, 7, 9]), 2).tolist() == [4, 7, 9, 4]
+    assert teachers._filled_up(torch.tensor([4, 7]), 2).tolist() == [4, 7]
