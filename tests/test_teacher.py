@@ -363,5 +363,5 @@ def test_view_codes_tell_views_apart(digits):
 
 
 def test_batches_filled_up():
-    assert teachers._filled_up(torch.tensor([4, 7, 9]), 2).tolist() == [4, 7, 9, 4]
+    assert teachers._filled_up(torch.tensor([4, 7, 9]), 5).tolist() == [4, 7, 9, 4, 4]
     assert teachers._filled_up(torch.tensor([4, 7]), 2).tolist() == [4, 7]
