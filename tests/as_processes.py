@@ -30,6 +30,9 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch", "torchvision"])
 
 
+STARTED: list["Started"] = []  # of the test that runs, see conftest.py
+
+
 class Started:
     """A process, as subprocess.Popen has it. together: its stderr is its stdout."""
 
@@ -40,6 +43,7 @@ class Started:
         everything = {**os.environ, **{key: str(value) for key, value in environment.items()}}
         self._process = FORKS.Process(target=_child, args=(command, cwd, its, self._err, everything))
         self._process.start()
+        STARTED.append(self)
         its.close()
         self.stdout = os.fdopen(os.dup(ours.fileno()))
         self.pid = self._process.pid
@@ -66,6 +70,8 @@ class Started:
 
     def kill(self) -> None:
         self._process.kill()
+
+    wait = join
 
 
 def as_torchrun(n: int, *args, cwd: Path, **options) -> list[Started]:

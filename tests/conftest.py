@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from as_processes import STARTED
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +47,17 @@ def no_network(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch_home"))
 
 
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test():
+    """A test that fails would leave behind one that trains for ever."""
+    yield
+    while STARTED:
+        running = STARTED.pop()
+        if running.poll() is None:
+            running.kill()
+            running.wait()
+
+
 @pytest.fixture(scope="session")
 def digits():
     return data.load("digits")
@@ -78,7 +90,8 @@ def process(tmp_path):
     def start(name: str, *args, **options) -> subprocess.Popen:
         command = [sys.executable, str(ROOT / name), *map(str, args)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
-        return subprocess.Popen(command, **{**pipes, **options})
+        STARTED.append(subprocess.Popen(command, **{**pipes, **options}))
+        return STARTED[-1]
 
     return start
 

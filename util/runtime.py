@@ -249,11 +249,13 @@ def compiled(
     """The network compiled for images of that shape, channels last; images of another shape go to the network itself.
 
     On CUDA each pass is one CUDA graph, started as a whole: launched one by one, its kernels take a CPU longer than the
-    GPU needs for them. What a pass gives lasts until the next one. trained: it is asked for gradients. Tried out here,
-    on images of zeros, that nothing may fail later; where it fails, a line on stderr and the network.
+    GPU needs for them. What a pass gives lasts until the next one. Not of several processes, whose batch norms wait for
+    each other within a pass. trained: it is asked for gradients. Tried out here, on images of zeros, that nothing may
+    fail later; where it fails, a line on stderr and the network.
     """
     buffers = {name: value.clone() for name, value in network.named_buffers()}
-    fast = torch.compile(network, dynamic=False, mode="reduce-overhead" if runtime.device.type == "cuda" else None)
+    graphs = runtime.device.type == "cuda" and runtime.processes.size == 1
+    fast = torch.compile(network, dynamic=False, mode="reduce-overhead" if graphs else None)
     try:
         with runtime.autocast(), torch.set_grad_enabled(trained):
             images = torch.zeros(shape, device=runtime.device).to(memory_format=torch.channels_last)
