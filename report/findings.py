@@ -4,9 +4,8 @@ from typing import NamedTuple
 
 from recipes import RECIPES
 from report.results import Rows
-from report.statistics import LEVEL, Comparison, against, fewest_images, gains_on_student, noise
+from report.statistics import LEVEL, Comparison, fewest_images, gains_on_student, noise, students_against
 
-FEWEST_SEEDS = 2  # of both rows, for a claim: one seed tells of two networks, not of two methods
 FEW_IMAGES = 1000  # with fewer test images, a difference that a paper would report is a handful of them
 
 
@@ -42,9 +41,9 @@ def findings(rows: Rows) -> list[str]:
 
 def _gain_facts(found: Comparison, rows: Rows) -> list[str]:
     facts = [f"Its gain on the student in top-1 is {difference(found)}{_judgement(found, rows)}."]
-    if len(found.gains) == 1:
+    if not found.over_seeds:
         facts.append("That is one seed: how far another seed would move it is not known from these runs.")
-    else:
+    elif len(found.gains) > 1:
         facts.append(f"Seed by seed it is {', '.join(f'{value:+.2f}' for value in found.gains.values())}.")
     return facts
 
@@ -100,7 +99,7 @@ def claims(rows: Rows) -> list[Claim]:
 
     "yes" takes rows that are all beyond noise in its favour (see statistics.Comparison), "no" one that is beyond noise
     against it. "Within noise" is yes where every interval lies within the points by which two runs differ by chance.
-    Rows that share one seed alone with what they are compared with count for neither.
+    Where no row has a second seed, nothing counts for either: one seed tells of two networks, not of two methods.
     """
     reference = {job: row for job, row in RECIPES.items() if row.reference}
     features = [job for job, row in reference.items() if row.network == "feature_student"]
@@ -137,7 +136,7 @@ def _best(rows: Rows, text: str, best: str, rivals: list[str]) -> Claim:
 def _within(rows: Rows, text: str, baseline: str, names: list[str]) -> Claim:
     found = _compared(rows, baseline, names)
     limit = noise(rows)
-    inside = [_counts(c) and c.interval is not None and max(map(abs, c.interval)) <= limit for c in found.values()]
+    inside = [c.over_seeds and max(map(abs, c.interval)) <= limit for c in found.values()]
     different = any(_sign(comparison) for comparison in found.values())
     verdict = "no" if different else "yes" if inside.count(True) == len(names) else "not settled"
     evidence = _evidence(found, baseline, names)
@@ -148,17 +147,16 @@ def _compared(rows: Rows, baseline: str, names: list[str]) -> dict[str, Comparis
     """The rows that ran against the baseline; against the student corrected as in the table, over all that it has."""
     if baseline not in rows:
         return {}
-    found = gains_on_student(rows) if baseline == "student" else against(rows, baseline, filter(rows.get, names))
+    if baseline == "student":
+        found = gains_on_student(rows)
+    else:
+        found = students_against(rows, baseline, filter(rows.get, names))
     return {name: found[name] for name in names if name in found}
 
 
-def _counts(found: Comparison) -> bool:
-    return len(found.gains) >= FEWEST_SEEDS
-
-
 def _sign(found: Comparison) -> int:
-    """1 above, -1 below, both beyond noise and over seeds enough; else 0."""
-    return 0 if not (found.beyond_noise and _counts(found)) else 1 if found.gain > 0 else -1
+    """1 above, -1 below, both beyond noise and held against other seeds; else 0."""
+    return 0 if not (found.beyond_noise and found.over_seeds) else 1 if found.gain > 0 else -1
 
 
 def _evidence(found: dict[str, Comparison], baseline: str, names: list[str]) -> list[str]:
@@ -179,7 +177,8 @@ def claims_section(rows: Rows) -> str:
     lines = [
         "## The reference's claims",
         f"Yes or no only where it is beyond noise at {100 * LEVEL:.0f} %, with Holm's correction over the rows "
-        "compared with the same one, and over two seeds or more: one seed tells of two networks, not of two methods.",
+        "compared with the same one, and held against the spread of seeds: one seed alone tells of two networks, not "
+        "of two methods.",
     ]
     for claim in claims(rows):
         evidence = "\n".join(f"- {line}" for line in claim.evidence)

@@ -10,7 +10,7 @@ import numpy
 
 from recipes import RECIPES
 from report.results import Result, Rows
-from report.statistics import Interval, against, noise, own_interval
+from report.statistics import Interval, against, noise, own_intervals
 from report.suite import Suite
 
 # Families of rows by (network, soft loss): a colour each, shades of which tell the rows of a family apart.
@@ -97,7 +97,7 @@ def sheet(
 
 def _draw_row(axes, rows: Rows, name: str, y: int, colour: tuple) -> None:
     runs = list(rows[name].values())
-    low, high = own_interval(runs)
+    low, high = own_intervals(rows)[name]
     several = len(runs) > 1
     axes.plot([low, high], [y, y], color=colour, linewidth=3.5 if several else 1.2, solid_capstyle="butt", zorder=2)
     if several:
@@ -135,7 +135,7 @@ def _top1_legend(rows: Rows, shown: Interval) -> list:
     several = [len(seeds) > 1 for name, seeds in rows.items() if shown[0] <= rows.top1(name) <= shown[1]]
     handles = []
     if any(several):
-        handles.append(Line2D([], [], marker="o", linewidth=3.5, label="mean, 95 % interval over seeds (t)", **grey))
+        handles.append(Line2D([], [], marker="o", linewidth=3.5, label="mean, 95 % interval over seeds", **grey))
         handles.append(Line2D([], [], marker=".", linestyle="", label="one seed", **grey))
     if not all(several):
         label = "one run, 95 % interval over test images (Wilson)"
@@ -155,20 +155,21 @@ def _reference(rows: Rows, name: str) -> float | None:
 def _shown_range(rows: Rows) -> Interval:
     """The part of the axis of top-1 that has the rows that lie together, with their intervals.
 
-    The others join them as long as none widens that part by more than six tenths. An interval may widen it at most to
-    three times what means and seeds take: one of two seeds can be longer than all that the plot is to show.
+    Students above them join them, as the best is what one looks for, and the others as long as none widens that part by
+    more than six tenths. An interval may widen it at most to three times what means and seeds take: one of two seeds
+    can be longer than all that the plot is to show.
     """
     students = [name for name in rows if not rows.is_teacher(name)] or list(rows)
     middle = statistics.median(rows.top1(name) for name in students)
     distance = {name: abs(rows.top1(name) - middle) for name in rows}
     reach = max(noise(rows), 3 * statistics.median(distance[name] for name in students))
     for name in sorted(rows, key=distance.get):
-        if distance[name] <= 1.6 * reach:
+        if distance[name] <= 1.6 * reach or (name in students and rows.top1(name) > middle):
             reach = max(reach, distance[name])
     near = [name for name in rows if distance[name] <= reach]
     points = [run.test["top1"] for name in near for run in rows[name].values()]
     points += [value for name in near if (value := _reference(rows, name)) is not None]
-    intervals = [own_interval(rows[name].values()) for name in near]
+    intervals = [own_intervals(rows)[name] for name in near]
     least, most = min(points), max(points)
     room = max(most - least, noise(rows))
     low = max(min(least, *(low for low, _ in intervals)), least - room)

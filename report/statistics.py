@@ -20,13 +20,15 @@ class Comparison:
     """A row against another, seed by seed, in points of top-1.
 
     gains: for each seed that both have. mcnemar: the exact p for each seed whose two runs tell which of the same images
-    they got right. interval: 95 % of the mean gain, see `compare`; None where it is not known. p: that the two are the
-    same, see `compare`; None where the images don't tell. adjusted: p after Holm's correction over the rows compared.
+    they got right. interval: 95 % of the mean gain, see `compare`; None where it is not known. over_seeds: whether it
+    says how far other seeds would move the gain. p: that the two are the same, see `compare`; None where the images
+    don't tell. adjusted: p after Holm's correction over the rows compared.
     """
 
     gains: dict[int, float]
     mcnemar: dict[int, float]
     interval: Interval | None
+    over_seeds: bool
     p: float | None
     adjusted: float | None = None
 
@@ -41,9 +43,30 @@ class Comparison:
         return None if self.adjusted is None else self.adjusted < LEVEL
 
 
+@dataclass(frozen=True)
+class Spread:
+    """How far chance moves the top-1 of one run: a standard deviation, in points, and its degrees of freedom."""
+
+    deviation: float
+    freedom: int
+
+
 def against(rows: Rows, baseline: str, names: Iterable[str]) -> dict[str, Comparison]:
     """Each of the rows against the baseline row, with Holm's correction over them all; without what shares no seed."""
-    found = {name: compare(rows[name], rows[baseline]) for name in names if rows[name].keys() & rows[baseline].keys()}
+    names = [*names]
+    spread = in_blocks([rows[name] for name in (baseline, *names)])
+    return _against(rows, baseline, names, spread)
+
+
+def students_against(rows: Rows, baseline: str, names: Iterable[str]) -> dict[str, Comparison]:
+    """The same, how far seeds lie from each other being taken from all students' rows."""
+    spread = in_blocks([rows[name] for name in rows if not rows.is_teacher(name)])
+    return _against(rows, baseline, names, spread)
+
+
+def _against(rows: Rows, baseline: str, names: Iterable[str], spread: Spread | None) -> dict[str, Comparison]:
+    there = [name for name in names if rows[name].keys() & rows[baseline].keys()]
+    found = {name: compare(rows[name], rows[baseline], spread) for name in there}
     known = {name: comparison.p for name, comparison in found.items() if comparison.p is not None}
     adjusted = dict(zip(known, holm(list(known.values())), strict=True))
     return {name: replace(comparison, adjusted=adjusted.get(name)) for name, comparison in found.items()}
@@ -53,30 +76,63 @@ def gains_on_student(rows: Rows) -> dict[str, Comparison]:
     """Every row but the teacher's against the student on hard labels alone; empty where that did not run."""
     if "student" not in rows:
         return {}
-    return against(rows, "student", [name for name in rows if name != "student" and not rows.is_teacher(name)])
+    return students_against(rows, "student", [n for n in rows if n != "student" and not rows.is_teacher(n)])
 
 
-def compare(ours: dict[int, Result], theirs: dict[int, Result]) -> Comparison:
+def compare(ours: dict[int, Result], theirs: dict[int, Result], spread: Spread | None) -> Comparison:
     """A row's runs against another's, both by seed, over the seeds that both have: at least one.
 
-    interval: over two seeds or more the t interval of the gains' mean, which says how far other seeds would move it;
-    of one seed Newcombe's interval, which says how far other test images would.
-    p: of the sign test over images (see `sign_test`); over two seeds or more that of the paired t test if it is larger,
-    as a difference has to hold for other test images and for other seeds.
+    spread: of one run, see `in_blocks`. interval: Student's of the gains' mean, which says how far other seeds would
+    move it; without a spread, of one seed, Newcombe's, which says how far other test images would.
+    p: of the sign test over images (see `sign_test`), or that of the t test over seeds if it is larger, as a difference
+    has to hold for other test images and for other seeds.
     """
     seeds = sorted(ours.keys() & theirs.keys())
     gains = {seed: ours[seed].test["top1"] - theirs[seed].test["top1"] for seed in seeds}
     pairs = {seed: (ours[seed].right, theirs[seed].right) for seed in seeds if same_images(ours[seed], theirs[seed])}
     by_seed = {seed: mcnemar(*discordant(*pair)) for seed, pair in pairs.items()}
-    values, p, interval = list(gains.values()), None, None
+    mean, p, interval = statistics.mean(gains.values()), None, None
     if len(pairs) == len(seeds):
         p = sign_test(list(pairs.values()))
-    if len(seeds) > 1:
-        interval = t_interval(values)
-        p = None if p is None else max(p, t_test(values))
+    if spread:
+        error = spread.deviation * math.sqrt(2 / len(seeds))  # of the mean of so many differences of two runs
+        interval = t_interval(mean, error, spread.freedom)
+        p = None if p is None else max(p, t_test(mean, error, spread.freedom))
     elif pairs:
         interval = newcombe(*next(iter(pairs.values())))
-    return Comparison(gains, by_seed, interval, p)
+    return Comparison(gains, by_seed, interval, spread is not None, p)
+
+
+def in_blocks(rows: list[dict[int, Result]]) -> Spread | None:
+    """Of one run about what its row and its seed are worth, over all the rows: what is left of top-1 = row + seed.
+
+    Randomised blocks, the seeds being the blocks (Fisher, The Design of Experiments (1935)), by least squares. Of two
+    rows it gives the paired t test; of more it has more degrees of freedom, which two or three seeds need, and takes
+    chance to be as large in each row. None where there is no degree of freedom.
+    """
+    cells = [(row, seed, run.test["top1"]) for row, runs in enumerate(rows) for seed, run in runs.items()]
+    seeds = sorted({seed for _, seed, _ in cells})
+    design = numpy.zeros((len(cells), len(rows) + len(seeds)))
+    for line, (row, seed, _) in zip(design, cells, strict=True):
+        line[row] = line[len(rows) + seeds.index(seed)] = 1
+    top1 = numpy.array([value for *_, value in cells])
+    worth, _, rank, _ = numpy.linalg.lstsq(design, top1, rcond=None)
+    return _spread(float(((top1 - design @ worth) ** 2).sum()), len(cells) - int(rank))
+
+
+def within_rows(rows: Iterable[dict[int, Result]]) -> Spread | None:
+    """Of one run about its row's mean, over all the rows; None where none has two runs."""
+    values = [[run.test["top1"] for run in runs.values()] for runs in rows]
+    several = [row for row in values if len(row) > 1]
+    squares = sum((len(row) - 1) * statistics.variance(row) for row in several)
+    return _spread(squares, sum(len(row) - 1 for row in several))
+
+
+def _spread(squares: float, freedom: int) -> Spread | None:
+    if freedom == 0:
+        return None
+    deviation = math.sqrt(squares / freedom)
+    return Spread(deviation if deviation > 1e-9 else 0.0, freedom)  # not 0 by rounding alone
 
 
 def same_images(ours: Result, theirs: Result) -> bool:
@@ -144,22 +200,21 @@ def wilson(right: int, n: int) -> Interval:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def t_interval(values: list[float]) -> Interval:
-    """Student's 95 % interval of the mean of two values or more."""
+def t_interval(mean: float, error: float, freedom: int) -> Interval:
+    """Student's 95 % interval around a mean, from its standard error and that error's degrees of freedom."""
     from scipy.stats import t
 
-    half = t.ppf(1 - LEVEL / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.mean(values) - half, statistics.mean(values) + half
+    half = float(t.ppf(1 - LEVEL / 2, freedom)) * error
+    return mean - half, mean + half
 
 
-def t_test(values: list[float]) -> float:
-    """The two-sided p of Student's test that the mean of two values or more is 0."""
+def t_test(mean: float, error: float, freedom: int) -> float:
+    """The two-sided p of Student's test that what has this mean and this standard error is 0."""
     from scipy.stats import t
 
-    mean, error = statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
     if error == 0:
-        return float(mean == 0)
-    return float(2 * t.sf(abs(mean) / error, len(values) - 1))
+        return float(abs(mean) < 1e-9)
+    return float(2 * t.sf(abs(mean) / error, freedom))
 
 
 def holm(ps: list[float]) -> list[float]:
@@ -171,14 +226,21 @@ def holm(ps: list[float]) -> list[float]:
     return adjusted
 
 
-def own_interval(runs: Iterable[Result]) -> Interval:
-    """The 95 % interval, in percent, of a row's top-1: over its seeds; of a single run Wilson's, over test images."""
-    values, last = zip(*((run.test["top1"], run) for run in runs), strict=True)
-    if len(values) > 1:
-        return t_interval(list(values))
-    n = last[0].data["test_images"]
-    low, high = wilson(round(values[0] / 100 * n), n)
-    return 100 * low, 100 * high
+def own_intervals(rows: Rows) -> dict[str, Interval]:
+    """The 95 % interval, in percent, of each row's top-1: over its seeds; of a single run Wilson's, over test images.
+
+    How far seeds lie from each other is taken from all students' rows together, see `within_rows`.
+    """
+    students, found = within_rows(rows[name] for name in rows if not rows.is_teacher(name)), {}
+    for name, runs in rows.items():
+        seeds, top1 = len(runs), rows.top1(name)
+        if seeds > 1:
+            spread = within_rows([runs]) if rows.is_teacher(name) else students
+            found[name] = t_interval(top1, spread.deviation / math.sqrt(seeds), spread.freedom)
+        else:
+            n = rows.first(name).data["test_images"]
+            found[name] = tuple(100 * limit for limit in wilson(round(top1 / 100 * n), n))
+    return found
 
 
 def standard_error(rows: Rows) -> float:

@@ -8,7 +8,7 @@ from recipes import RECIPES, described, under
 from report.findings import p_value
 from report.results import Claimed, Result, Rows, describe_data
 from report.statistics import Comparison, against, binomial_error
-from report.table import INTERVAL_NOTE, gain_cell, lines_as_table, spread
+from report.table import gain_cell, interval_notes, lines_as_table, spread
 
 # What a result's recipe tells besides the settings of its loss.
 NO_SETTINGS = {*described(RECIPES["student"]), *described(under(RECIPES["student"], "benchmark"))}
@@ -201,8 +201,8 @@ def _notes(suite: Suite) -> list[str]:
     """What one must know to read the table."""
     notes = [
         "top-1: percent of the test images after the last epoch; ±: the sample standard deviation over the seeds.",
-        f"{INTERVAL_NOTE} p: that there is no difference, over images and seeds, after Holm's correction over the rows "
-        "of the column.",
+        *interval_notes(found for row in (suite.alone, suite.kd) for found in _compared(suite, row).values()),
+        "p: that there is no difference, over images and seeds, after Holm's correction over the rows of the column.",
     ]
     if any(suite.claimed(name) for name in suite):
         notes.append("claimed: top-1 that the paper gives for these two networks on CIFAR-100.")

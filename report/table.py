@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from recipes import RECIPES, described
@@ -23,9 +23,14 @@ HELD_OUT: list[tuple[str, Callable[[Result], float | None], str]] = [
     ("val loss", lambda run: run.epochs[-1].get("val_loss"), ".4f"),
     ("val top-1", lambda run: run.epochs[-1].get("val_top1"), ".2f"),
 ]
-INTERVAL_NOTE = (
-    "[ ]: the 95 % interval of the gain: over seeds (paired t), which other test images could move further; of "
-    "one seed over test images (Newcombe's for paired proportions), which another seed could move further."
+OVER_SEEDS = (
+    "[ ]: the 95 % interval of the gain over seeds, which other test images could move further: Student's t, seed by "
+    "seed, the spread of seeds being taken from all rows together (randomised blocks), as a row's own few tell little "
+    "of it."
+)
+OVER_IMAGES = (
+    "[ ]: the 95 % interval of the gain of one seed over test images (Newcombe's for paired proportions), which "
+    "another seed could move further."
 )
 
 
@@ -141,16 +146,14 @@ def _notes(rows: Rows) -> list[str]:
 def _gain_notes(rows: Rows) -> list[str]:
     """How the gains are judged, in a line for each thing that the table shows of them."""
     gains = gains_on_student(rows)
-    notes = []
-    if any(found.interval for found in gains.values()):
-        notes.append(INTERVAL_NOTE)
+    notes = interval_notes(gains.values())
     told = [name for name, found in gains.items() if found.adjusted is not None]
     if told:
         notes.append(
             "McNemar p: of the exact test against the student of the same seed. Beyond noise: yes where the row's p is "
             "under 0.05 after Holm's correction over the "
             f"{len(told)} rows compared; that p is McNemar's (over several seeds an image counts for the row that gets "
-            "it right in more of them) or, if larger, that of the paired t test over seeds."
+            "it right in more of them) or, where there are several seeds, that of the t test over them if it is larger."
         )
     untold = [name for name in gains if name not in told]
     if untold:
@@ -158,6 +161,12 @@ def _gain_notes(rows: Rows) -> list[str]:
             f"No test against the student: {', '.join(untold)}; results must tell which of the same images were right."
         )
     return notes
+
+
+def interval_notes(gains: Iterable[Comparison]) -> list[str]:
+    """What the intervals of these gains are."""
+    kinds = {found.over_seeds for found in gains if found.interval}
+    return [OVER_SEEDS] * (True in kinds) + [OVER_IMAGES] * (False in kinds)
 
 
 def _held_out_notes(rows: Rows) -> list[str]:

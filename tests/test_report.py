@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 from matplotlib.image import imread
 
 import report
@@ -516,10 +517,54 @@ def test_newcombe_where_all_of_one_are_right():
 
 
 def test_t():
-    # 1, 2, 3: mean 2, standard error 1 / sqrt(3). Of two degrees of freedom p = 1 - t / sqrt(t^2 + 2): t^2 = 12.
-    assert statistics.t_interval([1.0, 2.0, 3.0]) == pytest.approx((2 - 2.48414, 2 + 2.48414), abs=1e-4)
-    assert statistics.t_test([1.0, 2.0, 3.0]) == pytest.approx(1 - (12 / 14) ** 0.5)
-    assert statistics.t_test([1.0, 1.0]) == 0 and statistics.t_test([0.0, 0.0]) == 1
+    # Of two degrees of freedom p = 1 - t / sqrt(t^2 + 2); here t = 2 sqrt(3), that of 1, 2, 3.
+    assert statistics.t_interval(2.0, 3**-0.5, 2) == pytest.approx((2 - 2.48414, 2 + 2.48414), abs=1e-4)
+    assert statistics.t_test(2.0, 3**-0.5, 2) == pytest.approx(1 - (12 / 14) ** 0.5)
+    assert statistics.t_test(1.0, 0.0, 1) == 0 and statistics.t_test(0.0, 0.0, 1) == 1
+
+
+def seeded(tmp_path, **tops):
+    """Rows with these top-1s, one for each seed from 0; None where a seed did not run."""
+    for job, values in tops.items():
+        for seed, top1 in enumerate(values):
+            if top1 is not None:
+                put(tmp_path, job, top1, seed)
+    return results.read(tmp_path)
+
+
+def test_the_spread_of_two_rows_is_the_paired_t_tests(tmp_path):
+    ours, theirs = [61.0, 63.5, 62.0], [60.0, 61.0, 61.9]
+    rows = seeded(tmp_path, student=theirs, distillation=ours)
+    found = statistics.against(rows, STUDENT, [KD])[KD]
+    expected = scipy.stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    assert found.over_seeds and found.interval == pytest.approx((expected.low, expected.high))
+
+
+def test_the_spread_of_several_rows_is_that_of_all(tmp_path):
+    """Rows 1 3, 2 5, 4 4: by hand the squares of what row and seed leave are 7/3, and 2 degrees of freedom are left."""
+    rows = seeded(tmp_path, student=[1.0, 3.0], distillation=[2.0, 5.0], distillation_LDH6=[4.0, 4.0])
+    assert statistics.in_blocks(list(rows.values())) == statistics.Spread(pytest.approx((7 / 6) ** 0.5), 2)
+    found = statistics.against(rows, STUDENT, [KD, LDH6])
+    half = 4.302653 * (7 / 6) ** 0.5  # times sqrt(2 / 2 seeds)
+    assert found[KD].interval == pytest.approx((1.5 - half, 1.5 + half), abs=1e-4)
+    assert found[LDH6].interval == pytest.approx((2 - half, 2 + half), abs=1e-4)
+
+
+def test_a_row_of_one_seed_takes_the_spread_of_the_others(tmp_path):
+    rows = seeded(tmp_path, student=[60.0, 61.0], distillation=[61.0, 62.2], distillation_LDH6=[65.0, None])
+    found = statistics.against(rows, STUDENT, [KD, LDH6])
+    half = 12.706205 * 0.1 * 2**0.5  # the two differences are 1.0 and 1.2, so one run lies 0.1 about its worth
+    assert found[LDH6].interval == pytest.approx((5 - half, 5 + half), abs=1e-4) and found[LDH6].over_seeds
+    assert statistics.in_blocks([rows[STUDENT], rows[LDH6]]) is None
+
+
+def test_intervals_of_rows(tmp_path):
+    """Over seeds by the spread of all students, sqrt((2 + 0.5) / 2); of one run over its test images."""
+    rows = seeded(tmp_path, student=[60.0, 62.0], distillation=[61.0, 62.0], teacher=[70.0])
+    found, half = statistics.own_intervals(rows), 4.302653 * 1.25**0.5 / 2**0.5
+    assert found[STUDENT] == pytest.approx((61 - half, 61 + half), abs=1e-4)
+    assert found[KD] == pytest.approx((61.5 - half, 61.5 + half), abs=1e-4)
+    assert found["teacher"] == pytest.approx((69.0948, 70.8904), abs=1e-3)
 
 
 def test_holm():
@@ -528,14 +573,19 @@ def test_holm():
     assert statistics.holm([0.9, 0.8]) == [1, 1] and statistics.holm([]) == []
 
 
-def test_a_difference_must_hold_for_other_seeds_and_other_images(tmp_path):
+def test_a_difference_must_hold_for_other_images(tmp_path):
     for seed in range(3):  # the same image more in each seed: no seed tells more than the first
         put_images(tmp_path, STUDENT, "x---------", seed)
         put_images(tmp_path, KD, "xx--------", seed)
-    put_images(tmp_path, LDH6, "xxxxxxxxxx")  # and a row whose seeds disagree
-    put_images(tmp_path, LDH6, "x---------", seed=1)
     found = statistics.gains_on_student(results.read(tmp_path))
     assert found[KD].gain == pytest.approx(10) and found[KD].p == 1  # the t test alone would say 0
+
+
+def test_a_difference_must_hold_for_other_seeds(tmp_path):
+    for seed, marks in enumerate(("xxxxxxxxxx", "x---------")):
+        put_images(tmp_path, STUDENT, "x---------", seed)
+        put_images(tmp_path, LDH6, marks, seed)
+    found = statistics.gains_on_student(results.read(tmp_path))
     assert found[LDH6].mcnemar[0] == pytest.approx(2 / 2**9)
     assert found[LDH6].p == pytest.approx(0.5)  # gains of 90 and 0: t = 1 of one degree of freedom
 
@@ -642,6 +692,12 @@ def test_one_seed_settles_no_claim(tmp_path, more):
     assert "1 seed, p <0.0001 after Holm, beyond noise" in found[0].evidence[0]
 
 
+def test_a_row_of_one_seed_settles_a_claim_where_others_tell_how_far_seeds_lie_apart(tmp_path):
+    put_claimed(tmp_path)
+    (tmp_path / "distillation_KMJ2_seed1.json").unlink()
+    assert findings.claims(results.read(tmp_path))[1].verdict == "yes"
+
+
 def test_claims_are_judged_as_the_table_judges(tmp_path):
     found = put_claimed(tmp_path, {"distillation_LDH": 107, KD: 107})  # 2 / 2^7 each, doubled as there are two of them
     assert "p 0.0312 after Holm" in found[0].evidence[0] and "p 0.0312 after Holm" in found[3].evidence[0]
@@ -684,6 +740,15 @@ def test_top1_is_shown_around_the_rows_that_lie_together(tmp_path):
     put(tmp_path, KD, 72.0, seed=1, dataset="folder")  # two seeds' interval is 38 points long to each side
     low, high = plots._shown_range(results.read(tmp_path))
     assert 54 < low < 63 and 72 < high < 82
+
+
+def test_the_best_student_is_never_off_the_axis(tmp_path):
+    for job in RECIPES:
+        put(tmp_path, job, 60.0, dataset="folder")
+    put(tmp_path, LDH6, 80.0, dataset="folder")
+    put(tmp_path, KD, 1.0, dataset="folder")  # a row that is dead
+    low, high = plots._shown_range(results.read(tmp_path))
+    assert 40 < low < 60 and 80 < high < 90
 
 
 def test_the_references_diamonds_are_only_beside_its_own_data(tmp_path):
