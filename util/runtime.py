@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -257,7 +258,10 @@ def compiled(
     graphs = runtime.device.type == "cuda" and runtime.processes.size == 1
     fast = torch.compile(network, dynamic=False, mode="reduce-overhead" if graphs else None)
     try:
-        with runtime.autocast(), torch.set_grad_enabled(trained):
+        with runtime.autocast(), torch.set_grad_enabled(trained), warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "TensorFloat32 tensor cores"
+            )  # float32 is meant to be plain, see `choose`
             images = torch.zeros(shape, device=runtime.device).to(memory_format=torch.channels_last)
             output = fast(images)[0]  # to try the backward pass any output will do: the first is always there
             if trained:
