@@ -386,9 +386,7 @@ def add_val_flag(parser: argparse._ActionsContainer) -> None:
 
 def add_compile_flag(parser: argparse._ActionsContainer) -> None:
     """The flag of the scripts that train."""
-    parser.add_argument(
-        "--compile", choices=["on", "off"], default="off", help="torch.compile the network that is trained"
-    )
+    parser.add_argument("--compile", choices=["on", "off"], default="off", help="torch.compile what runs at every step")
 
 
 def add_sync_bn_flag(parser: argparse._ActionsContainer) -> None:

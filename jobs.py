@@ -49,10 +49,10 @@ class Setup:
 
     seed: of the weights and of the data's order. name: of this run, where it is not to have its job's. augment: random
     crop and flip of the training images, which a recipe's training may have by itself. weights: what the network starts
-    from, see start_of. compile: the network that is trained. stem: of the networks, "small", "standard", or "auto", by
-    the images' size. mode: "new", "resume" or "overwrite", what to do with what an earlier run left. sync_bn: of
-    several processes on CUDA, batch norm takes its statistics over all parts of a batch. tensorboard:
-    write the figures for it, too.
+    from, see start_of. compile: the network that is trained, and a teacher that runs at every step. stem: of the
+    networks, "small", "standard", or "auto", by the images' size. mode: "new", "resume" or "overwrite", what to do with
+    what an earlier run left. sync_bn: of several processes on CUDA, batch norm takes its statistics over all parts of a
+    batch. tensorboard: write the figures for it, too.
     """
 
     dataset: Dataset

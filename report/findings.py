@@ -43,7 +43,9 @@ def _gain_facts(found: Comparison, rows: Rows) -> list[str]:
     facts = [f"Its gain on the student in top-1 is {difference(found)}{_judgement(found, rows)}."]
     if not found.over_seeds:
         facts.append("That is one seed: how far another seed would move it is not known from these runs.")
-    elif len(found.gains) > 1:
+    elif len(found.gains) == 1:
+        facts.append("That is one seed: how far another would move it is taken from the seeds of other rows.")
+    else:
         facts.append(f"Seed by seed it is {', '.join(f'{value:+.2f}' for value in found.gains.values())}.")
     return facts
 
@@ -99,7 +101,7 @@ def claims(rows: Rows) -> list[Claim]:
 
     "yes" takes rows that are all beyond noise in its favour (see statistics.Comparison), "no" one that is beyond noise
     against it. "Within noise" is yes where every interval lies within the points by which two runs differ by chance.
-    Where no row has a second seed, nothing counts for either: one seed tells of two networks, not of two methods.
+    Where no two rows share two seeds, nothing counts for either: one seed tells of two networks, not of two methods.
     """
     reference = {job: row for job, row in RECIPES.items() if row.reference}
     features = [job for job, row in reference.items() if row.network == "feature_student"]

@@ -229,7 +229,8 @@ def holm(ps: list[float]) -> list[float]:
 def own_intervals(rows: Rows) -> dict[str, Interval]:
     """The 95 % interval, in percent, of each row's top-1: over its seeds; of a single run Wilson's, over test images.
 
-    How far seeds lie from each other is taken from all students' rows together, see `within_rows`.
+    How far seeds lie from each other is taken from all students' rows together, see `within_rows`: as if a seed moved
+    each row on its own, and as far in each.
     """
     students, found = within_rows(rows[name] for name in rows if not rows.is_teacher(name)), {}
     for name, runs in rows.items():

@@ -197,11 +197,21 @@ def _difference(found: Comparison | None, seeds: int) -> str:
     return gain_cell(found, seeds) + (f", p {p_value(found.adjusted)}" if found.adjusted is not None else "")
 
 
+def _interval_notes(suite: Suite) -> list[str]:
+    """What the intervals of each column are; once where they are the same."""
+    columns = {"the student alone": suite.alone, "kd": suite.kd}
+    notes = {f"to {words}": interval_notes(_compared(suite, row).values()) for words, row in columns.items()}
+    told = [(column, note) for column, found in notes.items() for note in found]
+    if len({note for _, note in told}) > 1:
+        return [f"{column}, {note}" for column, note in told]
+    return [note for _, note in told[:1]]
+
+
 def _notes(suite: Suite) -> list[str]:
     """What one must know to read the table."""
     notes = [
         "top-1: percent of the test images after the last epoch; ±: the sample standard deviation over the seeds.",
-        *interval_notes(found for row in (suite.alone, suite.kd) for found in _compared(suite, row).values()),
+        *_interval_notes(suite),
         "p: that there is no difference, over images and seeds, after Holm's correction over the rows of the column.",
     ]
     if any(suite.claimed(name) for name in suite):

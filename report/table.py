@@ -25,8 +25,8 @@ HELD_OUT: list[tuple[str, Callable[[Result], float | None], str]] = [
 ]
 OVER_SEEDS = (
     "[ ]: the 95 % interval of the gain over seeds, which other test images could move further: Student's t, seed by "
-    "seed, the spread of seeds being taken from all rows together (randomised blocks), as a row's own few tell little "
-    "of it."
+    "seed. How far chance moves a run is taken from all rows compared together (randomised blocks), also for a row of "
+    "one seed, as a row's own few seeds tell little of it; it is taken to be alike in all of them."
 )
 OVER_IMAGES = (
     "[ ]: the 95 % interval of the gain of one seed over test images (Newcombe's for paired proportions), which "
@@ -153,7 +153,7 @@ def _gain_notes(rows: Rows) -> list[str]:
             "McNemar p: of the exact test against the student of the same seed. Beyond noise: yes where the row's p is "
             "under 0.05 after Holm's correction over the "
             f"{len(told)} rows compared; that p is McNemar's (over several seeds an image counts for the row that gets "
-            "it right in more of them) or, where there are several seeds, that of the t test over them if it is larger."
+            "it right in more of them) or, if larger, that of the t test over seeds, where any row has several."
         )
     untold = [name for name in gains if name not in told]
     if untold:

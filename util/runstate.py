@@ -1,8 +1,8 @@
 """The state of a run on the disk, so that a run that dies goes on: exactly where it was, mid-epoch too.
 
 A state is kept beside the checkpoint that the run will make (`resnet18.state`, and `resnet18.state.previous`, the one
-before), at every epoch, at least every five minutes, and when a signal asks to stop. It goes when the run is finished
-and all its files are written.
+before), at the end of every epoch (but for short ones, while the last state is still being written), at least every
+five minutes, and when a signal asks to stop. It goes when the run is finished and all its files are written.
 """
 
 import contextlib

@@ -4,7 +4,7 @@
 #   studies/cifar100/run.sh CIFAR100 WEIGHTS OUT
 #
 # CIFAR100: a folder with CIFAR-100, in any form. WEIGHTS: an ImageNet ResNet-50, a state_dict. OUT: where checkpoints and
-# results go. On one H100 all runs here took six minutes, three commands side by side once the teacher was there.
+# results go. On one H100 the runs published here took six minutes, in three commands side by side.
 set -euo pipefail
 cifar=$(realpath "$1") weights=$(realpath "$2") out=$(realpath -m "$3")
 cd "$(dirname "$0")/../.."
