@@ -169,7 +169,8 @@ def _shown_range(rows: Rows) -> Interval:
     near = [name for name in rows if distance[name] <= reach]
     points = [run.test["top1"] for name in near for run in rows[name].values()]
     points += [value for name in near if (value := _reference(rows, name)) is not None]
-    intervals = [own_intervals(rows)[name] for name in near]
+    every = own_intervals(rows)
+    intervals = [every[name] for name in near]
     least, most = min(points), max(points)
     room = max(most - least, noise(rows))
     low = max(min(least, *(low for low, _ in intervals)), least - room)

@@ -16,19 +16,27 @@ Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
+class Spread:
+    """How far chance moves the top-1 of one run: a standard deviation, in points, and its degrees of freedom."""
+
+    deviation: float
+    freedom: int
+
+
+@dataclass(frozen=True)
 class Comparison:
     """A row against another, seed by seed, in points of top-1.
 
     gains: for each seed that both have. mcnemar: the exact p for each seed whose two runs tell which of the same images
-    they got right. interval: 95 % of the mean gain, see `compare`; None where it is not known. over_seeds: whether it
-    says how far other seeds would move the gain. p: that the two are the same, see `compare`; None where the images
-    don't tell. adjusted: p after Holm's correction over the rows compared.
+    they got right. interval: 95 % of the mean gain, see `compare`; None where it is not known. spread: of one run over
+    seeds; None where the interval is over test images. p: that the two are the same, see `compare`; None where the
+    images don't tell. adjusted: p after Holm's correction over the rows compared.
     """
 
     gains: dict[int, float]
     mcnemar: dict[int, float]
     interval: Interval | None
-    over_seeds: bool
+    spread: Spread | None
     p: float | None
     adjusted: float | None = None
 
@@ -38,17 +46,14 @@ class Comparison:
         return statistics.mean(self.gains.values())
 
     @property
+    def over_seeds(self) -> bool:
+        """Whether the interval says how far other seeds would move the gain."""
+        return self.spread is not None
+
+    @property
     def beyond_noise(self) -> bool | None:
         """Whether the rows differ by more than chance; None where that can't be told."""
         return None if self.adjusted is None else self.adjusted < LEVEL
-
-
-@dataclass(frozen=True)
-class Spread:
-    """How far chance moves the top-1 of one run: a standard deviation, in points, and its degrees of freedom."""
-
-    deviation: float
-    freedom: int
 
 
 def against(rows: Rows, baseline: str, names: Iterable[str]) -> dict[str, Comparison]:
@@ -100,7 +105,7 @@ def compare(ours: dict[int, Result], theirs: dict[int, Result], spread: Spread |
         p = None if p is None else max(p, t_test(mean, error, spread.freedom))
     elif pairs:
         interval = newcombe(*next(iter(pairs.values())))
-    return Comparison(gains, by_seed, interval, spread is not None, p)
+    return Comparison(gains, by_seed, interval, spread, p)
 
 
 def in_blocks(rows: list[dict[int, Result]]) -> Spread | None:

@@ -165,8 +165,13 @@ def _gain_notes(rows: Rows) -> list[str]:
 
 def interval_notes(gains: Iterable[Comparison]) -> list[str]:
     """What the intervals of these gains are."""
-    kinds = {found.over_seeds for found in gains if found.interval}
-    return [OVER_SEEDS] * (True in kinds) + [OVER_IMAGES] * (False in kinds)
+    spreads = dict.fromkeys(found.spread for found in gains if found.interval)
+    return [
+        f"{OVER_SEEDS} Here it is {spread.deviation:.2f} points, with {spread.freedom} degrees of freedom."
+        if spread
+        else OVER_IMAGES
+        for spread in spreads
+    ]
 
 
 def _held_out_notes(rows: Rows) -> list[str]:
