@@ -54,9 +54,10 @@ def top1_plot(rows: Rows) -> bytes:
     axes.set_xlim(low, high)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     looks = _looks(rows)
+    intervals = own_intervals(rows)
     for y, name in enumerate(rows):
         if low <= rows.top1(name) <= high:
-            _draw_row(axes, rows, name, y, looks[name].colour)
+            _draw_row(axes, rows, name, y, looks[name].colour, intervals[name])
         else:
             _draw_far(axes, rows.top1(name), y, (low, high), looks[name].colour)
         reference = _reference(rows, name)
@@ -95,9 +96,9 @@ def sheet(
     return _png(figure)
 
 
-def _draw_row(axes, rows: Rows, name: str, y: int, colour: tuple) -> None:
+def _draw_row(axes, rows: Rows, name: str, y: int, colour: tuple, interval: Interval) -> None:
     runs = list(rows[name].values())
-    low, high = own_intervals(rows)[name]
+    low, high = interval
     several = len(runs) > 1
     axes.plot([low, high], [y, y], color=colour, linewidth=3.5 if several else 1.2, solid_capstyle="butt", zorder=2)
     if several:
