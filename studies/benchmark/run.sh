@@ -10,8 +10,7 @@
 # Those two are also trained for all 240.
 #
 # For a CPU with two cores: networks so small get more done in two runs side by side, a thread each, than in one with two
-# threads. A GPU has room for more: PROCESSES=8 runs as many. Runs of logit losses share the teacher's logits for each
-# view of an image.
+# threads. A GPU has room for more: PROCESSES=8 runs as many.
 set -euo pipefail
 cifar=$(realpath "$1") teacher=$(realpath "$2") out=$(realpath -m "$3")
 cd "$(dirname "$0")/../.."
@@ -21,13 +20,9 @@ suite=(--suite benchmark --data_dir "$cifar" --teacher "$teacher"
 short=(--epochs 30 --checkpoint_dir "$out/30/checkpoints" --results_dir "$out/30/results")
 long=(--checkpoint_dir "$out/240/checkpoints" --results_dir "$out/240/results")
 
-# Each line from stdin is what one process is to run.
+# Each line from stdin is what one process is to run, under the flags given.
 side_by_side() { xargs -L 1 -P "${PROCESSES:-2}" python reproduce.py "${suite[@]}" "$@" --jobs; }
 
-side_by_side "${short[@]}" <<<"student kd dkd dist rld
-at sp crd
-reviewkd"
-side_by_side "${short[@]}" <<<"student kd dkd --seeds 1
-student kd dkd --seeds 2"
-side_by_side "${long[@]}" <<<"student
-kd"
+# In an order in which dkd and rld find the teacher's logits that kd left there.
+printf '%s\n' student at kd sp dkd crd dist reviewkd rld {student,kd,dkd}" --seeds "{1,2} | side_by_side "${short[@]}"
+printf '%s\n' student kd | side_by_side "${long[@]}"

@@ -9,10 +9,8 @@ set -euo pipefail
 cifar=$(realpath "$1") teacher=$(realpath "$2") out=$(realpath -m "$3")
 cd "$(dirname "$0")/../.."
 export OMP_NUM_THREADS=1
-xargs -L 1 -P "${PROCESSES:-2}" python reproduce.py --suite schedules --data_dir "$cifar" --teacher "$teacher" \
+printf '%s\n' student {mse,kd,dkd}_{0.7,per_epoch,per_iteration,first_epoch} | xargs -n 1 -P "${PROCESSES:-2}" \
+    python reproduce.py --suite schedules --data_dir "$cifar" --teacher "$teacher" \
     --teacher_arch resnet56 --teacher_mean 0.5070,0.4865,0.4409 --teacher_std 0.2673,0.2564,0.2761 \
     --student_arch resnet20 --training benchmark --epochs 10 --seeds 0 1 "${@:4}" \
-    --checkpoint_dir "$out/checkpoints" --results_dir "$out/results" --jobs <<<"\
-student kd_0.7 kd_per_epoch kd_per_iteration kd_first_epoch
-dkd_0.7 dkd_per_epoch dkd_per_iteration dkd_first_epoch
-mse_0.7 mse_per_epoch mse_per_iteration mse_first_epoch"
+    --checkpoint_dir "$out/checkpoints" --results_dir "$out/results" --jobs
