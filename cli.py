@@ -436,8 +436,9 @@ def distilled(args: argparse.Namespace, teacher: Recipe) -> Recipe:
 def _name_of(recipe: Recipe) -> str:
     """A name for a run's files made from its loss: with another loss, alpha or setting it is another name."""
     weights = {"weight": recipe.weight, "beta": recipe.beta, "gamma": recipe.gamma}
+    numbers = recipe.settings | {name: weight for name, weight in weights.items() if weight}
     parts = [recipe.soft, recipe.alpha if isinstance(recipe.alpha, str) else f"alpha{recipe.alpha:g}"]
-    parts += [f"{key}{value:g}" for key, value in {**recipe.settings, **weights}.items() if value]
+    parts += [f"{name}{value:g}" for name, value in numbers.items()]
     return re.sub(r"[^\w.]+", "_", "_".join(parts))
 
 

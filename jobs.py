@@ -144,8 +144,7 @@ def identity(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> dict[str,
         "recipe": described(replace(recipe, settings=losses.settings_of(recipe), weight=losses.weight_of(recipe))),
         "stem": stem_of(recipe, setup),
         "weights": start_of(recipe, setup),
-        "teacher": teacher
-        and {"sha256": teacher.sha256, "normalisation": teacher.given and [*map(list, teacher.given)]},
+        "teacher": teacher and teacher.identity,
         "warm_start": None,
     }
 

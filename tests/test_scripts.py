@@ -120,12 +120,13 @@ def test_the_main_job_on_cifar10s_own_files(script, tmp_path, monkeypatch):
 def test_any_loss_with_any_schedule(script, small, small_teacher, tmp_path):
     """A run of a name of its own, made from what it is, which is tested by that name."""
     common = [*small, "--teacher", small_teacher, "--epochs", 1]
-    ran = script("train_distillation.py", "--loss", "dkd", "--schedule", "per iteration", "--nckd", 2, *common)
+    settings = ["--tckd", 0, "--nckd", 2]
+    ran = script("train_distillation.py", "--loss", "dkd", "--schedule", "per iteration", *settings, *common)
     assert ran.code == 0, ran.err
-    name = "dkd_per_iteration_nckd2"
+    name = "dkd_per_iteration_tckd0_nckd2"
     result = json.loads((tmp_path / "results" / "folder" / f"{name}_seed0.json").read_text())
     recipe = result["recipe"]
-    assert (recipe["soft"], recipe["nckd"], recipe["tckd"], recipe["alpha"]) == ("dkd", 2.0, 1.0, "per iteration")
+    assert (recipe["soft"], recipe["nckd"], recipe["tckd"], recipe["alpha"]) == ("dkd", 2.0, 0.0, "per iteration")
     tested = script("test.py", "--model_job", name, *small)
     assert tested.code == 0 and tested.out.splitlines() == ran.out.splitlines()[2:]
     ran = script("train_distillation.py", "--loss", "crd", "--alpha", 0.5, *common)  # which learns something itself
