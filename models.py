@@ -139,6 +139,12 @@ def _differing(shapes: dict[str, torch.Size], others: dict[str, torch.Size]) -> 
     return [name for name, shape in shapes.items() if others.get(name) != shape]
 
 
+def prototypes(network: nn.Module) -> torch.Tensor | None:
+    """The weights of its final linear layer, (classes, features); None where it ends in another layer."""
+    linear = [m for m in network.modules() if isinstance(m, nn.Linear) and m.out_features == network.num_classes]
+    return linear[-1].weight if linear else None
+
+
 @torch.no_grad()
 def shapes(network: nn.Module, image_size: int, n_images: int) -> Shapes:
     """What the network gives for n_images images of that side, found by running a copy of it over one.

@@ -20,6 +20,8 @@ class Outputs(NamedTuple):
     maps: the feature maps at the ends of the stages, (B, C, H, W) each, under the stages' names, "stage1" the first.
     projected: a feature student's last map brought to the teacher's channels, (B, 2048, H, W).
     head: of a teacher, its frozen classifier: a function from a map like last_map to logits.
+    prototypes: of a teacher, the weights of its final linear layer, a row for each class, (classes, features); None
+        where it ends in another layer.
     index: int64 (B,), which of the training images these are; given with a teacher's outputs.
     """
 
@@ -28,6 +30,7 @@ class Outputs(NamedTuple):
     maps: Mapping[str, torch.Tensor] = MappingProxyType({})
     projected: torch.Tensor | None = None
     head: Callable[[torch.Tensor], torch.Tensor] | None = None
+    prototypes: torch.Tensor | None = None
     index: torch.Tensor | None = None
 
 

@@ -56,8 +56,11 @@ class Teacher:
         needs: what all rows to come will ask for, so that the one pass had better keep it from the start.
         shown: how the images of the batches are normalised; normalisation: how the teacher wants them, where it
         differs. given: it, where it is the user's and not the checkpoint's word.
+
+        classifier: what its outputs tell of its final layers, whatever the batch.
         """
         self.network = self.forward = folded(network).to(runtime.device)
+        self.classifier = {"head": self.network.classify, "prototypes": models.prototypes(self.network)}
         self.runtime, self.sha256, self.top1, self.cache_dir = runtime, sha256, top1, cache_dir
         self.needs, self.given = frozenset(needs), given
         self.rescale = None if normalisation in (None, shown) else _rescaling(shown, normalisation, runtime.device)
@@ -76,7 +79,7 @@ class Teacher:
             scale, shift = self.rescale
             images = images * scale + shift
         with self.runtime.autocast():
-            return self.forward(images)._replace(head=self.network.classify, index=batch.index)
+            return self.forward(images)._replace(**self.classifier, index=batch.index)
 
     def cache_key(self, batches: Batches) -> str:
         """Differs where the teacher's weights, the images, their normalisation or the arithmetic do."""
@@ -161,7 +164,7 @@ class TeacherCache:
         def outputs(batch: Batch) -> Outputs:
             found = {name: self._look_up(self.values[name], batch) for name in names}
             logits, last_map = found.pop("logits", None), found.pop("last_map", None)
-            return Outputs(logits, last_map, found, head=self.teacher.network.classify, index=batch.index)
+            return Outputs(logits, last_map, found, **self.teacher.classifier, index=batch.index)
 
         return outputs
 
@@ -308,7 +311,7 @@ class Views:
             if batch.epoch != current:
                 current, views = batch.epoch, self._fill(batches, batch.epoch)
             logits = self.table[views[batch.index]]
-            return Outputs(logits=logits.float(), head=self.teacher.network.classify, index=batch.index)
+            return Outputs(logits=logits.float(), **self.teacher.classifier, index=batch.index)
 
         return outputs
 

@@ -42,7 +42,8 @@ def taught(name):
     """A teacher's outputs for four images, as engine.fit gets them."""
     teacher = models.folded(network(name))
     with torch.no_grad():
-        return teacher(images())._replace(head=teacher.classify, index=torch.tensor([6, 1, 4, 0]))
+        own = {"head": teacher.classify, "prototypes": models.prototypes(teacher)}
+        return teacher(images())._replace(**own, index=torch.tensor([6, 1, 4, 0]))
 
 
 def images():

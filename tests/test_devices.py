@@ -124,7 +124,8 @@ def placed(module, device):
 def outputs_of(network, device):
     placed(network, device)
     outputs = network(torch.zeros(B, 3, SIZE, SIZE, device=device).to(memory_format=torch.channels_last))
-    return outputs._replace(head=network.classify, index=torch.arange(B, device=device))
+    own = {"head": network.classify, "prototypes": models.prototypes(network)}
+    return outputs._replace(**own, index=torch.arange(B, device=device))
 
 
 @pytest.fixture(scope="module")

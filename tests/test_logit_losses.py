@@ -20,10 +20,20 @@ def row(name, **settings):
     return Recipe(f"distillation_{name}", name, "student", 1, 1, soft=name, alpha=0.5, settings=settings)
 
 
+def prototypes(classes):
+    """The weights of a teacher's last layer, a row for each class."""
+    return torch.randn(classes, 4, generator=torch.Generator().manual_seed(1))
+
+
+def of_teacher(logits):
+    return Outputs(logits=logits, prototypes=prototypes(logits.shape[1]))
+
+
 def value_of(name, student, teacher, labels, **settings):
-    """The loss as a training gets it: its settings, and where there is none its default."""
+    """The loss as a training gets it: its settings, and where there is none its default. teacher: logits or outputs."""
     settings = settings_of(row(name, **settings))
-    return LOSSES[name].function(Outputs(logits=student), Outputs(logits=teacher), labels, **settings)
+    teacher = teacher if isinstance(teacher, Outputs) else of_teacher(teacher)
+    return LOSSES[name].function(Outputs(logits=student), teacher, labels, **settings)
 
 
 def batch(images=6, classes=5, scale=3.0, seed=0):
@@ -89,12 +99,42 @@ def reference_rld(student, teacher, labels, T, T_scd, scd, mcd):
     return total / len(labels)
 
 
-REFERENCES = {"kd": reference_kd, "dkd": reference_dkd, "dist": reference_dist, "rld": reference_rld}
+def cosine(x, y):
+    product = sum(a * b for a, b in zip(x, y, strict=True))
+    return product / math.sqrt(sum(a * a for a in x) * sum(b * b for b in y))
+
+
+def reference_wkd_l(student, teacher, labels, T, wd, kappa, eta):
+    """Each image by itself, the class of its label taken out of everything."""
+    weights, total = prototypes(len(student[0])).double().tolist(), 0.0
+    for s, t, y in zip(student, teacher, labels, strict=True):
+        total -= softmax(t, 1)[y] * math.log(softmax(s, 1)[y])
+        classes = [i for i in range(len(s)) if i != y]
+        n = range(len(classes))
+        q_s, q_t = (softmax([logits[i] for i in classes], T) for logits in (s, t))
+        costs = [[1 - math.exp(-kappa * (1 - cosine(weights[i], weights[j]))) for j in classes] for i in classes]
+        kernel = [[math.exp(-costs[i][j] / eta) for j in n] for i in n]
+        u = [1 / len(classes) for _ in n]
+        for _ in range(10):
+            v = [q_t[j] / (sum(kernel[i][j] * u[i] for i in n) + 1e-8) for j in n]
+            u = [q_s[i] / (sum(kernel[i][j] * v[j] for j in n) + 1e-8) for i in n]
+        total += wd * sum(u[i] * kernel[i][j] * v[j] * costs[i][j] for i in n for j in n)
+    return total / len(labels)
+
+
+REFERENCES = {
+    "kd": reference_kd,
+    "dkd": reference_dkd,
+    "dist": reference_dist,
+    "rld": reference_rld,
+    "wkd_l": reference_wkd_l,
+}
 OTHER = {  # settings, none a default and no two alike
     "kd": [{"T": 1.5}],
     "dkd": [{"T": 2.0, "tckd": 3.0, "nckd": 0.5}, {"nckd": 0.0}, {"tckd": 0.0}],
     "dist": [{"T": 1.5, "inter": 3.0, "intra": 0.5}, {"inter": 0.0}, {"intra": 0.0}],
     "rld": [{"T": 2.0, "T_scd": 1.5, "scd": 3.0, "mcd": 0.5}, {"scd": 0.0}, {"mcd": 0.0}],
+    "wkd_l": [{"T": 2.0, "wd": 30.0, "kappa": 0.5, "eta": 0.1}, {"wd": 0.0}],
 }
 
 
@@ -114,6 +154,7 @@ def test_published_defaults():
         "dkd": {"T": 4, "tckd": 1, "nckd": 8, "standardise": 0},
         "dist": {"T": 4, "inter": 2, "intra": 2, "standardise": 0},
         "rld": {"T": 4, "T_scd": 1, "scd": 1, "mcd": 8, "standardise": 0},
+        "wkd_l": {"T": 8, "wd": 600, "kappa": 1, "eta": 0.05, "standardise": 0},
     }
     assert {name: settings_of(row(name)) for name in published} == published
 
@@ -162,6 +203,28 @@ def test_rld_of_a_label_that_is_last_is_its_confidence_alone():
     student, teacher, _ = batch(3)
     labels = teacher.argmin(1)
     assert value_of("rld", student, teacher, labels, scd=0.0) == 0
+
+
+def test_wkd_l_carries_everything_to_where_the_teacher_has_it():
+    """Student and teacher sure of different classes, neither the label's: the cost of the way between the two."""
+    weights = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-1.0, 0.0]])
+    student, teacher = torch.tensor([[0.0, 0.0, 400.0, 0.0]]), torch.tensor([[0.0, 400.0, 0.0, 0.0]])
+    found = value_of("wkd_l", student, Outputs(logits=teacher, prototypes=weights), torch.tensor([3]), T=1.0, wd=1.0)
+    assert found.item() == pytest.approx(1 - math.exp(-(1 - 0.8)), rel=1e-4)
+
+
+def test_wkd_l_pays_less_for_a_class_that_is_like_the_teachers():
+    weights = torch.tensor([[1.0, 0.0], [0.8, 0.6], [-1.0, 0.0], [0.0, -1.0]])
+    teacher = Outputs(logits=torch.tensor([[9.0, 0.0, 0.0, 0.0]]), prototypes=weights)
+    like, unlike = torch.tensor([[0.0, 9.0, 0.0, 0.0]]), torch.tensor([[0.0, 0.0, 9.0, 0.0]])
+    near, far = (value_of("wkd_l", student, teacher, torch.tensor([3]), T=1.0) for student in (like, unlike))
+    assert near < far / 3
+
+
+def test_wkd_l_is_refused_for_a_teacher_without_a_final_linear_layer():
+    student, teacher, labels = batch()
+    with pytest.raises(losses.UserError, match="final linear layer"):
+        value_of("wkd_l", student, Outputs(logits=teacher), labels)
 
 
 # Standardised logits
@@ -268,8 +331,13 @@ def test_standardised_equal_logits_have_a_gradient_of_ordinary_size(name):
     assert 0 < student.grad.abs().max() < 1e5
 
 
-def test_least_where_student_and_teacher_agree(loss):
-    """There the gradient is 0; but the labels have a say in rld's, where the teacher is wrong."""
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("wkd_l")])
+def test_least_where_student_and_teacher_agree(name):
+    """There the gradient is 0; but the labels have a say in rld's, where the teacher is wrong, and in wkd_l's."""
+
+    def loss(*batch):
+        return value_of(name.partition(",")[0], *batch, **CASES[name])
+
     student, teacher, _ = batch(images=8)
     labels = teacher.argmax(1)
     same = teacher.clone().requires_grad_()
@@ -298,7 +366,8 @@ def test_mean_over_the_images(loss):
 def test_order_of_the_images_and_of_the_classes_does_not_matter(loss):
     student, teacher, labels = batch()
     images, classes = torch.tensor([3, 0, 5, 1, 4, 2]), torch.tensor([2, 4, 0, 1, 3])
-    moved = student[images][:, classes], teacher[images][:, classes], classes.argsort()[labels[images]]
+    taught = Outputs(logits=teacher[images][:, classes], prototypes=prototypes(5)[classes])
+    moved = student[images][:, classes], taught, classes.argsort()[labels[images]]
     torch.testing.assert_close(loss(*moved), loss(student, teacher, labels), rtol=1e-4, atol=1e-5)
 
 
@@ -321,7 +390,7 @@ def test_gradient_reaches_the_students_logits_alone(name):
         projected=torch.randn(6, 7, 2, 2, requires_grad=True),
     )
     objective = Objective(row(name.partition(",")[0], **CASES[name]))
-    values = objective(everything, Outputs(logits=teacher), labels, torch.tensor(0.0))
+    values = objective(everything, of_teacher(teacher), labels, torch.tensor(0.0))
     values["loss"].backward()
     assert list(objective.parameters()) == []
     assert student.grad.abs().sum(1).min() > 0
@@ -337,5 +406,5 @@ def test_every_schedule_weighs_every_loss(name):
     hard = losses.cross_entropy(Outputs(logits=student), labels)
     for schedule in losses.ALPHA_SCHEDULES:
         alpha = losses.alpha_schedule(schedule, 3, 4)[1, 2]
-        values = objective(Outputs(logits=student), Outputs(logits=teacher), labels, alpha)
+        values = objective(Outputs(logits=student), of_teacher(teacher), labels, alpha)
         torch.testing.assert_close(values["loss"], alpha * hard + (1 - alpha) * soft)
