@@ -33,7 +33,7 @@ class BenchmarkNetwork(PooledClassifier, nn.Module):
 
     def forward(self, images: torch.Tensor) -> Outputs:
         ends, last_map = self.features(images)
-        return Outputs(logits=self.classify(last_map), last_map=last_map, maps=dict(zip(STAGES, ends, strict=False)))
+        return self.outputs(last_map, dict(zip(STAGES, ends, strict=False)))
 
 
 class ResNet(BenchmarkNetwork):

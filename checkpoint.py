@@ -532,6 +532,8 @@ def _architecture(state: dict[str, Any]) -> str:
     """What the state_dict is of: one of models.TITLES, or OTHER."""
     if not {"conv1.weight", "fc.weight", "fc.bias", "layer4.1.conv1.weight"} <= state.keys():
         return OTHER
+    if "transfer.0.weight" in state:
+        return OTHER
     blocks = [sum(f"layer{i}.{j}.conv1.weight" in state for j in range(40)) for i in range(1, 5)]
     if "layer1.0.conv3.weight" in state:
         return TITLES["teacher"] if blocks == [3, 4, 6, 3] else OTHER

@@ -244,14 +244,17 @@ def with_networks(recipe: Recipe, args: argparse.Namespace, teacher: Recipe | No
 def of_arch(recipe: Recipe, name: str | None, teacher: Recipe | None = None) -> Recipe:
     """The recipe with the network of that name, None for its own; networks that are not its own are told by its name.
 
-    teacher: the recipe of the one that it is distilled from.
+    teacher: the recipe of the one that it is distilled from, whose classifier a loss may want the student to reuse.
     """
     own = "resnet50" if recipe.network == "teacher" else "resnet18"
     others = [teacher.arch] if teacher and teacher.arch else []
+    named = renamed(recipe, others if name in (None, own) else [*others, name])
+    if teacher and recipe.soft in losses.LOSSES and losses.LOSSES[recipe.soft].reuses:
+        return replace(named, arch=f"{name or recipe.arch or own}+{teacher.arch or 'resnet50'}")
     if name not in (None, own):
-        return renamed(replace(recipe, arch=name), [*others, name])
+        return replace(named, arch=name)
     # A feature student's projector is made for a ResNet-50's map; for another teacher's the loss makes one.
-    return renamed(replace(recipe, arch=own) if others and recipe.network == "feature_student" else recipe, others)
+    return replace(named, arch=own) if others and recipe.network == "feature_student" else named
 
 
 def renamed(recipe: Recipe, parts: list[str]) -> Recipe:

@@ -360,6 +360,8 @@ def _trained(
         shuffle=True, seed=setup.seed, augment=_augments(recipe, setup),
         mixing=Mixing(training.mixup, training.cutmix) if training.mixes else None, processes=processes,
     )  # fmt: skip
+    if isinstance(network, models.ReusingStudent) and not keeper.state:
+        network.take_classifier(teacher.network)
     source, objective = aim(recipe, network, teacher, batches)
     if setup.compile and source is teacher and teacher:  # which then runs at every step
         teacher.forward = forward_of(teacher.network, batches, runtime, trained=False)
@@ -395,8 +397,8 @@ def _trained(
 
 
 def _learnt(objective: losses.Objective, network: nn.Module) -> int:
-    """How many parameters serve the loss alone: the objective's, and those of a feature student's projector."""
-    owners = [objective, *filter(None, [getattr(network, "proj", None)])]
+    """How many parameters the loss brings: the objective's, and those of a projector or a transfer in the network."""
+    owners = [objective, *filter(None, [getattr(network, name, None) for name in ("proj", "transfer")])]
     return sum(value.numel() for owner in owners for value in owner.parameters())
 
 
@@ -587,8 +589,11 @@ def _how_to_make(recipe: Recipe, path: Path, dataset: str) -> str:
     # Other networks and trainings have added to the name of the row.
     job = max((row for row in RECIPES if f"{recipe.job}_".startswith(f"{row}_")), key=len, default=recipe.job)
     flags = ["--model_job", job]
-    if recipe.arch:
-        flags += ["--teacher_arch" if recipe.network == "teacher" else "--student_arch", recipe.arch]
+    arch, _, reused = (recipe.arch or "").partition("+")
+    if arch:
+        flags += ["--teacher_arch" if recipe.network == "teacher" else "--student_arch", arch]
+    if reused:
+        flags += ["--teacher_arch", reused]
     if recipe.training != "reference":
         flags += ["--training", recipe.training]
     if dataset != "cifar100":

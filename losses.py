@@ -46,6 +46,7 @@ class Loss:
     parts: (student's shapes, teacher's shapes, **settings) -> what the loss itself learns and remembers. It is trained
         with the student, kept in the state of an unfinished run, and no part of the student's checkpoint.
     remembers: its parts remember single images, so that it has no use for mixtures of two.
+    reuses: it is for a student whose projected map has the teacher's own classifier, models.ReusingStudent.
     """
 
     function: Callable[..., torch.Tensor]
@@ -55,6 +56,7 @@ class Loss:
     weight: float = 1.0
     parts: Callable[..., nn.Module] | None = None
     remembers: bool = False
+    reuses: bool = False
 
     def own(self, settings: dict[str, float]) -> dict[str, float]:
         """Those of the settings that are this loss's."""
@@ -311,6 +313,18 @@ def s2t(student: Outputs, teacher: Outputs, labels: torch.Tensor) -> torch.Tenso
     return F.cross_entropy(teacher.head(student.projected).float(), labels)
 
 
+def simkd(student: Outputs, teacher: Outputs, labels: torch.Tensor) -> torch.Tensor:
+    """SimKD = mean over all elements of (t(student map) - teacher map)^2, last maps; both (B, C, H, W).
+
+    Chen et al., "Knowledge Distillation with the Reused Teacher Classifier" (CVPR 2022), equation 2: t is a learnt 1x1,
+    3x3 and 1x1 convolution, each with batch norm and ReLU, the middle one of half the teacher's channels, and part of
+    the student from then on, whose logits are those of the teacher's frozen classifier of t(student map):
+    models.ReusingStudent. Published without any cross-entropy, so at alpha 0. Maps of different sizes are pooled to the
+    smaller; where the student's is the larger, the authors pool it before t, not after.
+    """
+    return feature_mse(student, teacher, labels)
+
+
 def fitnet(student: Outputs, teacher: Outputs, labels: torch.Tensor, stage: int, parts: nn.Module) -> torch.Tensor:
     """FitNet = mean over all elements of (r(student map) - teacher map)^2, both at one stage; maps (B, C, H, W).
 
@@ -551,6 +565,7 @@ LOSSES: dict[str, Loss] = {
     ),
     "mse": Loss(feature_mse, needs=("last_map",), projects=True),
     "s2t": Loss(s2t, needs=(), projects=True),
+    "simkd": Loss(simkd, needs=("last_map",), projects=True, reuses=True),
     "fitnet": Loss(
         fitnet,
         needs=lambda stage: (f"stage{stage}",),
@@ -659,6 +674,8 @@ class Objective(nn.Module):
         )
         # A feature student has a projector of its own; any other network gets one here.
         self.projector, projects = None, any(loss.projects for loss in terms.values())
+        if student and not student.projected and any(loss.reuses for loss in terms.values()):
+            raise UserError(f"the loss {recipe.soft} is for a student that has the teacher's classifier")
         if projects and student and student.projected and student.projected[0] != teacher.last_map[0]:
             there, wanted = student.projected[0], teacher.last_map[0]
             raise UserError(

@@ -1,7 +1,7 @@
 """The networks: torchvision's ResNets with a stem for small images, or their own, and the student with a projector."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -37,7 +37,7 @@ class CifarResNet(PooledClassifier, ResNet):
         maps = {}
         for name, stage in zip(STAGES, (self.layer1, self.layer2, self.layer3, self.layer4), strict=True):
             maps[name] = x = stage(x)
-        return Outputs(logits=self.classify(x), last_map=x, maps=maps)
+        return self.outputs(x, maps)
 
 
 class FeatureStudent(CifarResNet):
@@ -47,10 +47,28 @@ class FeatureStudent(CifarResNet):
         super().__init__(BasicBlock, [2, 2, 2, 2], num_classes)
         self.proj = nn.Conv2d(STUDENT_MAP, TEACHER_MAP, kernel_size=1)
 
-    def forward(self, images: torch.Tensor) -> Outputs:
-        outputs = super().forward(images)
-        # Not by _replace, which torch.compile could not do before PyTorch 2.12.
-        return Outputs(outputs.logits, outputs.last_map, outputs.maps, self.proj(outputs.last_map))
+    def outputs(self, last_map: torch.Tensor, maps: Mapping[str, torch.Tensor]) -> Outputs:
+        return Outputs(self.classify(last_map), last_map, maps, self.proj(last_map))
+
+
+class ReusingStudent(PooledClassifier):
+    """What goes before a student's own class: its last map, brought to a teacher's, has that teacher's classifier.
+
+    Keys: the student's own, its classifier's being the teacher's, which stays frozen, and transfer.*.
+    """
+
+    transfer: nn.Sequential
+
+    def classify(self, last_map: torch.Tensor) -> torch.Tensor:
+        return super().classify(self.transfer(last_map))
+
+    def outputs(self, last_map: torch.Tensor, maps: Mapping[str, torch.Tensor]) -> Outputs:
+        projected = self.transfer(last_map)
+        return Outputs(super().classify(projected), last_map, maps, projected)
+
+    def take_classifier(self, teacher: PooledClassifier) -> None:
+        """Take the teacher's classifier as it stands."""
+        self.fc.load_state_dict(teacher.fc.state_dict())
 
 
 NETWORKS: dict[str, Callable[[int], nn.Module]] = {
@@ -71,9 +89,12 @@ SMALL_IMAGES = 64  # pixels; up to these the stem for small images is taken unle
 def build(arch: str, num_classes: int, stem: str = "small") -> nn.Module:
     """A fresh network with random weights from torch's global generator.
 
-    arch: a name in NETWORKS, or one of `names`, or of timm as "timm:NAME". stem: "small", for images of 32 pixels or
-    so, or "standard", torchvision's own. Raises UserError for an unknown name and for a stem that it does not have.
+    arch: a name in NETWORKS, or one of `names`, or of timm as "timm:NAME", or of two networks as "STUDENT+TEACHER", see
+    ReusingStudent. stem: "small", for images of 32 pixels or so, or "standard", torchvision's own. Raises UserError for
+    an unknown name and for a stem that it does not have.
     """
+    if "+" in arch:
+        return _reusing(*arch.split("+"), num_classes, stem)
     if canonical(arch) in NETWORKS:
         network = NETWORKS[canonical(arch)](num_classes)
         if stem == "standard":
@@ -88,6 +109,31 @@ def build(arch: str, num_classes: int, stem: str = "small") -> nn.Module:
     return library_models.build(arch, num_classes, stem)
 
 
+def _reusing(student: str, teacher: str, num_classes: int, stem: str) -> nn.Module:
+    """The student with a transfer to the teacher's channels, and a classifier of the shape of the teacher's."""
+    network = build(student, num_classes, stem)
+    with torch.device("meta"):
+        other = build(teacher, num_classes, stem_of(teacher, "auto", SMALL_IMAGES))
+    for name, own in ((student, network), (teacher, other)):
+        if not isinstance(own, PooledClassifier):
+            raise UserError(f"{name} has no classifier of one linear layer that can be reused; choose another network")
+    network.transfer = _transfer(network.fc.in_features, other.fc.in_features)
+    place = next(name for name, module in network.named_modules() if module is network.fc)
+    network.set_submodule(place, nn.Linear(other.fc.in_features, num_classes).requires_grad_(False))
+    # The student itself, in a class of ours: a module that holds it would be in the names of all parameters.
+    network.__class__ = type(f"Reusing{type(network).__name__}", (ReusingStudent, type(network)), {})
+    return network
+
+
+def _transfer(narrow: int, wide: int) -> nn.Sequential:
+    """From a student's channels to a teacher's, in between half of these, as published."""
+    middle, layers = max(1, wide // 2), []
+    for n_in, n_out, size in ((narrow, middle, 1), (middle, middle, 3), (middle, wide, 1)):
+        conv = nn.Conv2d(n_in, n_out, size, padding=size // 2, bias=False)
+        layers += [conv, nn.BatchNorm2d(n_out), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
 def canonical(arch: str) -> str:
     """One name for a network that has several: the row's own, where it is a row's."""
     return ROWS_OWN.get(arch, arch)
@@ -100,6 +146,7 @@ def names() -> list[str]:
 
 def stem_of(arch: str, stem: str, image_size: int) -> str:
     """The stem that "auto" means for images of that side, "small" or "standard"; any other is what it is."""
+    arch = arch.partition("+")[0]
     if stem != "auto":
         return stem
     if arch in ARCHITECTURES and arch not in library_models.names():

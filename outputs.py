@@ -66,3 +66,7 @@ class PooledClassifier:
         """
         with torch.autocast(last_map.device.type, enabled=False):
             return self.fc(torch.flatten(self.avgpool(last_map.to(self.fc.weight.dtype)), 1))
+
+    def outputs(self, last_map: torch.Tensor, maps: Mapping[str, torch.Tensor]) -> Outputs:
+        """What the network gives, from its last map and those of its stages."""
+        return Outputs(self.classify(last_map), last_map, maps)

@@ -43,8 +43,9 @@ CLAIMS = {
     "rld": Claim(72.00, "Sun et al. 2025, as others quote it"),
 }
 
-# Whose papers let the loss grow over the first twelfth of the epochs.
-WARMED_UP = ("dkd", "rld", "reviewkd")
+# Where that is not CE and the loss added up: 0.1 CE + 0.9 KD, no CE at all, or a loss that grows over the first twelfth
+# of the epochs.
+PUBLISHED_ALPHA = {"kd": 0.1, "simkd": 0.0} | dict.fromkeys(("dkd", "rld", "reviewkd"), "sum, warm-up")
 
 # What the authors' code has for resnet56 to resnet20, where that is not the loss's default: DKD's beta, and ReviewKD's
 # weight of the whole loss.
@@ -55,9 +56,8 @@ SCHEDULED = ("kd", "dkd", "mse")
 
 
 def published(loss: str, **own) -> Recipe:
-    """The student distilled by the loss at its published weight: 0.1 CE + 0.9 KD, or CE and the loss added up."""
-    alpha = 0.1 if loss == "kd" else "sum, warm-up" if loss in WARMED_UP else "sum"
-    return _distilled(loss, alpha, **own)
+    """The student distilled by the loss at its published weight beside the cross-entropy's."""
+    return _distilled(loss, PUBLISHED_ALPHA.get(loss, "sum"), **own)
 
 
 def _distilled(loss: str, alpha: float | str, **own) -> Recipe:

@@ -229,7 +229,8 @@ def _notes(suite: Suite) -> list[str]:
     return [
         *notes,
         "ms a step: of each run the median over its epochs; to be trusted where nothing else ran on the device.",
-        "parameters of the loss: learnt with the student's and no part of it. What a loss remembers is not counted.",
+        "parameters of the loss: learnt with the student's and, simkd's apart, no part of it. What a loss remembers is "
+        "not counted.",
         "memory: the peak while training; on a GPU what torch allocated, on a CPU all that the process had resident, "
         "images, remembered outputs of the teacher, and what runs before it in the same process left.",
         f"Settings: {'; '.join(dict.fromkeys(_settings(suite, name) for name in suite.students if suite.loss(name)))}.",

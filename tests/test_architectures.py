@@ -54,11 +54,12 @@ def images():
 @pytest.mark.parametrize(("teacher", "student"), PAIRS, ids=lambda name: name)
 def test_every_loss_trains_every_pair(loss, teacher, student):
     """Its gradient reaches the student and all that it learns, and steps leave all finite; else it is refused."""
-    pair = [models.shapes(network(name), SIDE, 10) for name in (student, teacher)]
+    learns = f"{student}+{teacher}" if losses.LOSSES[loss].reuses else student
+    pair = [models.shapes(network(name), SIDE, 10) for name in (learns, teacher)]
     settings = {"negatives": 4, "dimension": 8} if loss == "crd" else {}
     recipe = Recipe("row", "row", "student", 1, 1, soft=loss, alpha=0.0, settings=settings)
     torch.manual_seed(2)
-    learner, labels = models.build(student, 5), torch.tensor([0, 3, 1, 3])
+    learner, labels = models.build(learns, 5), torch.tensor([0, 3, 1, 3])
     if loss in STAGEWISE and len(pair[0].maps) != len(pair[1].maps):
         with pytest.raises(UserError, match="stages"):
             losses.Objective(recipe, *pair)(learner(images()), taught(teacher), labels, torch.tensor(0.0))
@@ -92,6 +93,54 @@ def test_a_projector_for_any_pair():
     assert losses.Objective(recipe, own, models.shapes(network("teacher"), SIDE, 1)).projector is None
     with pytest.raises(UserError, match="2048 channels, the teacher's map has 256; give --student_arch"):
         losses.Objective(recipe, own, pair[1])
+
+
+def test_a_student_with_its_teachers_classifier():
+    """Its logits are the teacher's of its own map, brought to the teacher's; the loss moves all but the classifier."""
+    teacher = models.folded(network("resnet32x4"))
+    student = models.build("vgg8+resnet32x4", 5)
+    student.take_classifier(teacher)
+    kept = {name: value.clone() for name, value in student.classifier.state_dict().items()}
+    outputs = student(images())
+    x = outputs.last_map
+    for conv, norm in ((student.transfer[i], student.transfer[i + 1]) for i in (0, 3, 6)):
+        x = F.conv2d(x, conv.weight, padding=conv.weight.shape[2] // 2)
+        mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), correction=0, keepdim=True)
+        x = ((x - mean) / (var + norm.eps).sqrt()).relu()
+    torch.testing.assert_close(outputs.projected, x, rtol=1e-4, atol=1e-4)
+    assert x.shape[1] == 256 and student.transfer[3].weight.shape == (128, 128, 3, 3)
+    torch.testing.assert_close(outputs.logits, teacher.fc(outputs.projected.mean((2, 3))))
+    torch.testing.assert_close(student.classify(outputs.last_map), outputs.logits)
+
+    theirs = taught("resnet32x4")
+    ours, their_map = losses.same_size(outputs.projected, theirs.last_map)
+    found = losses.simkd(outputs, theirs, torch.tensor([0, 3, 1, 3]))
+    assert found.item() == pytest.approx(float(((ours - their_map).detach().double().numpy() ** 2).mean()), rel=1e-5)
+    (found + outputs.logits.sum()).backward()
+    learnt = {name for name, value in student.named_parameters() if value.grad is not None}
+    assert learnt == {name for name, _ in student.named_parameters()} - {"classifier.weight", "classifier.bias"}
+    torch.optim.SGD(student.parameters(), 0.1, weight_decay=0.1).step()
+    for name, value in student.classifier.state_dict().items():
+        assert torch.equal(value, kept[name]) and torch.equal(value, teacher.fc.state_dict()[name])
+
+
+def test_simkd_from_the_flags_to_the_test(script, small, tmp_path):
+    few = [*small, "--epochs", 1]
+    assert script("train.py", "--model_job", "teacher", "--teacher_arch", "resnet8x4", *few).code == 0
+    flags = ["--loss", "simkd", "--alpha", 0, "--teacher_arch", "resnet8x4"]
+    ran = script("train_distillation.py", *flags, "--student_arch", "resnet20", *few)
+    assert ran.code == 0, ran.err
+    folder, name = tmp_path / "checkpoints" / "folder", "simkd_alpha0_resnet8x4_resnet20"
+    teacher, student = (torch.load(folder / f"{job}.pth", weights_only=True) for job in ("teacher_resnet8x4", name))
+    assert all(torch.equal(student[key], teacher[key]) for key in ("fc.weight", "fc.bias"))
+    assert script("test.py", "--model_job", name, *small).out.splitlines() == ran.out.splitlines()[-2:]
+    result = json.loads((tmp_path / "results" / "folder" / f"{name}_seed0.json").read_text())
+    assert result["recipe"]["arch"] == "resnet20+resnet8x4"
+    assert result["extra_parameters"] == 64 * 128 + 128 * 128 * 9 + 128 * 256 + 2 * (128 + 128 + 256)
+    refused(
+        script("train_distillation.py", *flags, "--student_arch", "mobilenet_v3_small", *few),
+        "mobilenet_v3_small has no classifier of one linear layer",
+    )
 
 
 def test_two_other_networks_from_the_flags_to_the_test(script, small, tmp_path):

@@ -37,10 +37,12 @@ ROWS = [
             soft=name,
             settings={},
             network="feature_student" if loss.projects else "student",
+            arch="student+teacher" if loss.reuses else None,
         )
         for name, loss in losses.LOSSES.items()
     ),
 ]
+NETWORKS = [*models.NETWORKS, "student+teacher"]
 PROBES = (runtime.widest, runtime.has_fused, runtime.takes_pinned_memory)
 
 
@@ -130,15 +132,16 @@ def outputs_of(network, device):
 
 @pytest.fixture(scope="module")
 def shapes():
-    return [models.shapes(models.build(name, CLASSES), SIZE, N) for name in ("student", "teacher")]
+    return {name: models.shapes(models.build(name, CLASSES), SIZE, N) for name in NETWORKS}
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 def test_every_term_of_every_row_is_on_the_device(monkeypatch, device, shapes, forward_half):
     monkeypatch.setattr(runtime, "takes_pinned_memory", lambda device: False)  # there is no fake of it
     with torch.device("meta"):
-        networks = {name: models.build(name, CLASSES).eval() for name in models.NETWORKS}
-        objectives = [losses.Objective(row, *(shapes if row.distils else ())).eval() for row in ROWS]
+        networks = {name: models.build(name, CLASSES).eval() for name in NETWORKS}
+        pairs = [(shapes[row.built], shapes["teacher"]) if row.distils else () for row in ROWS]
+        objectives = [losses.Objective(row, *pair).eval() for row, pair in zip(ROWS, pairs, strict=True)]
     wrong = {}
     with pretending(device):
         given = {name: outputs_of(network, device) for name, network in networks.items()}
@@ -146,7 +149,7 @@ def test_every_term_of_every_row_is_on_the_device(monkeypatch, device, shapes, f
         for row, objective in zip(ROWS, objectives, strict=True):
             placed(objective, device)
             try:
-                terms = objective(given[row.network], given["teacher"] if row.distils else None, labels, alpha)
+                terms = objective(given[row.built], given["teacher"] if row.distils else None, labels, alpha)
             except (RuntimeError, TypeError) as error:
                 wrong[row.job] = error
                 continue
