@@ -33,6 +33,7 @@ from util.runstate import Keeper, differences, refuse_difference
 from util.runtime import (
     Diverged,
     Runtime,
+    Unsuited,
     UserError,
     begin_peak_memory,
     compiled,
@@ -451,13 +452,23 @@ def aim(
     """What engine.fit asks for the teacher's outputs, None without a teacher, and what it minimises."""
     if teacher is None:
         return None, losses.Objective(recipe)
-    shapes = [models.shapes(net, batches.size, batches.n_images) for net in (network, teacher.network)]
-    objective = losses.Objective(recipe, *shapes).to(batches.device)
+    objective = _objective(recipe, network, teacher, batches.size, batches.n_images).to(batches.device)
     if batches.processes.size > 1 and any(True for _ in objective.buffers()):
-        raise UserError(
+        raise Unsuited(
             f"the loss {recipe.soft} keeps a memory of its own, which processes don't share; use one process"
         )
     return teacher.source(batches, losses.needs_of(recipe)), objective
+
+
+def _objective(recipe: Recipe, network: nn.Module, teacher: Teacher, size: int, n_images: int) -> losses.Objective:
+    return losses.Objective(recipe, *(models.shapes(net, size, n_images) for net in (network, teacher.network)))
+
+
+def refuse_unsuited(recipe: Recipe, setup: Setup, teacher: Teacher) -> None:
+    """Raise Unsuited for a loss that the recipe's network and this teacher can't have, as `train` would."""
+    size, n_images = setup.dataset.image_size, len(setup.dataset.train.labels)
+    network = models.build(recipe.built, setup.dataset.num_classes, stem_of(recipe, setup))
+    _objective(recipe, network, teacher, size, n_images)
 
 
 def validation(network: nn.Module, dataset: Dataset, runtime: Runtime) -> Callable[[], engine.Figures] | None:

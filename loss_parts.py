@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from outputs import Outputs, Shapes
-from util.runtime import UserError
+from util.runtime import Unsuited, UserError
 
 
 def paired_stages(student: Outputs | Shapes, teacher: Outputs | Shapes) -> list[tuple]:
-    """The student's and the teacher's map, or shape, of each stage. Raises UserError for different stages."""
+    """The student's and the teacher's map, or shape, of each stage. Raises Unsuited for different stages."""
     if student.maps.keys() != teacher.maps.keys():
-        raise UserError(
+        raise Unsuited(
             f"this loss compares stage by stage, and the student has {len(student.maps)} stages, the teacher "
             f"{len(teacher.maps)}; choose another loss, or networks with as many"
         )
@@ -24,10 +24,10 @@ def paired_stages(student: Outputs | Shapes, teacher: Outputs | Shapes) -> list[
 
 
 def hint_regressor(student: Shapes, teacher: Shapes, stage: int) -> nn.Sequential:
-    """From the student's channels at a stage to the teacher's. Raises UserError for no such stage."""
+    """From the student's channels at a stage to the teacher's. Raises Unsuited for no such stage."""
     for name, shapes in (("student", student), ("teacher", teacher)):
         if f"stage{stage}" not in shapes.maps:
-            raise UserError(f"--stage {stage}: the {name} has {len(shapes.maps)} stages only; choose one of them")
+            raise Unsuited(f"--stage {stage}: the {name} has {len(shapes.maps)} stages only; choose one of them")
     narrow, wide = (shapes.maps[f"stage{stage}"][0] for shapes in (student, teacher))
     return nn.Sequential(nn.Conv2d(narrow, wide, kernel_size=1), BatchNorm(wide), nn.ReLU())
 

@@ -20,7 +20,7 @@ from loss_parts import Contrast, Review, VariationalRegressors, hint_regressor, 
 from outputs import Outputs, Shapes
 from recipes import TRAININGS, Recipe
 from util.bounds import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, YES_OR_NO, Bound
-from util.runtime import UserError, send, widest
+from util.runtime import Unsuited, UserError, send, widest
 
 
 class Setting(NamedTuple):
@@ -36,9 +36,9 @@ class Loss:
     """One loss.
 
     function: (student, teacher, labels, **settings) -> scalar; with learnt parts, parts=the module besides.
-    needs: of the teacher's outputs, by the names of Outputs ("logits", "last_map") and of its stages ("stage1" ...,
-        or "stages", each of them); or a function (**settings) that gives them. No other is there to be looked at. The
-        teacher's head, its prototypes and the images' index always are.
+    needs: of the teacher's outputs, by the names of Outputs ("logits", "last_map", "prototypes") and of its stages
+        ("stage1" ..., or "stages", each of them); or a function (**settings) that gives them. No other is there to be
+        looked at, but the teacher's head and the images' index, which always are.
     settings: by name; each is a flag of train_distillation.py as well.
     projects: it looks at the student's projected map, which a feature student has.
     weight: what it is multiplied with unless a recipe says otherwise: the published weight beside a cross-entropy of
@@ -194,7 +194,7 @@ def wkd_l(
     of f_ij c_ij: what it costs to carry the student's q_s over to the teacher's q_t, f being the cheapest way, with an
     entropy of weight eta, as far as ten steps of Sinkhorn's algorithm find it; the gradient goes through them. From
     class to class it is as far as the teacher holds them for unlike: c_ij = 1 - exp(-kappa (1 - cos(w_i, w_j))), with
-    w_i the weights of class i in its final linear layer. Raises UserError for a teacher that ends in another layer.
+    w_i the weights of class i in its final linear layer.
 
     Lv, Yang, Li, "Wasserstein Distance Rivals Kullback-Leibler Divergence for Knowledge Distillation" (NeurIPS 2024),
     and the authors' code, which has this c as one of its choices; that of its CIFAR-100 runs, by a centred kernel
@@ -212,8 +212,6 @@ def wkd_l(
 
 def _unlikeness(teacher: Outputs, kappa: float) -> torch.Tensor:
     """Of each pair of classes, (classes, classes), from 0 to below 1."""
-    if teacher.prototypes is None:
-        raise UserError("this loss compares classes by the teacher's final linear layer, and it has none; take another")
     prototypes = F.normalize(teacher.prototypes.float())
     distances = (1 - prototypes @ prototypes.T).clamp(min=0).fill_diagonal_(0)  # which rounding might leave above 0
     return -torch.expm1(-kappa * distances)
@@ -264,8 +262,10 @@ def _pearson(x: torch.Tensor, y: torch.Tensor, axis: int) -> torch.Tensor:
     return (x * y).sum(axis) / (x.norm(dim=axis) * y.norm(dim=axis) + 1e-8)
 
 
-def logit_loss(function: Callable[..., torch.Tensor], **settings: Setting) -> Loss:
-    """The entry of a loss that looks at the logits alone: its own settings, and `standardise`.
+def logit_loss(
+    function: Callable[..., torch.Tensor], needs: tuple[str, ...] = ("logits",), **settings: Setting
+) -> Loss:
+    """The entry of a loss that looks at no feature maps: its own settings, and `standardise`.
 
     With standardise = 1 the loss is given z-scores in place of the student's and the teacher's logits, each image's
     over its classes: (logits - mean) / standard deviation, that of a sample (divided by classes - 1), as in the
@@ -285,7 +285,7 @@ def logit_loss(function: Callable[..., torch.Tensor], **settings: Setting) -> Lo
         return function(student, teacher, labels, **own)
 
     switch = Setting(0, YES_OR_NO, "z-scores of each image's logits, 1 or 0")
-    return Loss(of_logits, settings={**settings, "standardise": switch})
+    return Loss(of_logits, needs=needs, settings={**settings, "standardise": switch})
 
 
 def _z_scores(logits: torch.Tensor) -> torch.Tensor:
@@ -558,6 +558,7 @@ LOSSES: dict[str, Loss] = {
     ),
     "wkd_l": logit_loss(
         wkd_l,
+        needs=("logits", "prototypes"),
         T=Setting(8.0, POSITIVE, "temperature of the classes other than the label"),
         wd=Setting(600.0, NOT_NEGATIVE, "weight of the Wasserstein distance"),
         kappa=Setting(1.0, POSITIVE, "how fast classes grow apart as the teacher's weights of them do"),
@@ -625,9 +626,9 @@ def weight_of(recipe: Recipe) -> float:
 
 
 def needs_of(recipe: Recipe) -> frozenset[str]:
-    """Which of the teacher's outputs the recipe's terms look at, with its settings. Raises UserError as settings_of."""
+    """Which of the teacher's outputs for an image the recipe's terms look at. Raises UserError as settings_of."""
     settings = settings_of(recipe)
-    return frozenset(need for loss in terms_of(recipe).values() for need in loss.needed(settings))
+    return frozenset(need for loss in terms_of(recipe).values() for need in loss.needed(settings)) - {"prototypes"}
 
 
 def settings_of(recipe: Recipe) -> dict[str, float]:
@@ -638,7 +639,7 @@ def settings_of(recipe: Recipe) -> dict[str, float]:
     """
     known = {name: setting for loss in terms_of(recipe).values() for name, setting in loss.settings.items()}
     if TRAININGS[recipe.training].mixes and any(loss.remembers for loss in terms_of(recipe).values()):
-        raise UserError(
+        raise Unsuited(
             f"{recipe.job}: {recipe.soft} remembers single images, and --training {recipe.training} shows mixtures of "
             "two; take another --training"
         )
@@ -668,14 +669,14 @@ class Objective(nn.Module):
         self.smoothing = TRAININGS[recipe.training].label_smoothing
         self.terms = {name: (loss.function, loss.own(settings)) for name, loss in terms.items()}
         if student and teacher:
-            _refuse_lacking_maps(terms, settings, {"student": student, "teacher": teacher})
+            _refuse_lacking(terms, settings, student, teacher)
         self.parts = nn.ModuleDict(
             {name: loss.parts(student, teacher, **loss.own(settings)) for name, loss in terms.items() if loss.parts}
         )
         # A feature student has a projector of its own; any other network gets one here.
         self.projector, projects = None, any(loss.projects for loss in terms.values())
         if student and not student.projected and any(loss.reuses for loss in terms.values()):
-            raise UserError(f"the loss {recipe.soft} is for a student that has the teacher's classifier")
+            raise Unsuited(f"the loss {recipe.soft} is for a student that has the teacher's classifier")
         if projects and student and student.projected and student.projected[0] != teacher.last_map[0]:
             there, wanted = student.projected[0], teacher.last_map[0]
             raise UserError(
@@ -717,13 +718,22 @@ class Objective(nn.Module):
         return function(student, teacher, labels, **settings, **parts)
 
 
-def _refuse_lacking_maps(terms: dict[str, Loss], settings: dict[str, float], networks: dict[str, Shapes]) -> None:
-    """Raise UserError for a loss of feature maps where a network has none, as a vision transformer."""
-    of_maps = [name for name, loss in terms.items() if loss.projects or {*loss.needed(settings)} - {"logits"}]
-    without = [whose for whose, shapes in networks.items() if shapes.last_map is None]
+def _refuse_lacking(terms: dict[str, Loss], settings: dict[str, float], student: Shapes, teacher: Shapes) -> None:
+    """Raise Unsuited for a loss of what a network has not: feature maps, as many stages, a final linear layer."""
+    needs = {name: {*loss.needed(settings)} for name, loss in terms.items()}
+    of_maps = [name for name, loss in terms.items() if loss.projects or needs[name] - {"logits", "prototypes"}]
+    without = [whose for whose, shapes in (("student", student), ("teacher", teacher)) if shapes.last_map is None]
     if of_maps and without:
-        raise UserError(
+        raise Unsuited(
             f"the loss {of_maps[0]} compares feature maps, and the {without[0]} has none; choose a loss of logits"
+        )
+    if any("stages" in names for names in needs.values()):
+        paired_stages(student, teacher)
+    of_classes = [name for name, names in needs.items() if "prototypes" in names]
+    if of_classes and teacher.prototypes is None:
+        raise Unsuited(
+            f"the loss {of_classes[0]} compares classes by the teacher's final linear layer, and this teacher ends in "
+            "another; choose another loss"
         )
 
 

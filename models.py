@@ -11,7 +11,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 import library_models
 from benchmark_models import ARCHITECTURES
 from outputs import STAGES, Outputs, PooledClassifier, Shapes
-from util.runtime import UserError
+from util.runtime import Unsuited, UserError
 
 TEACHER_MAP = 2048  # channels of the teacher's last feature map
 STUDENT_MAP = 512  # and of the student's
@@ -94,7 +94,7 @@ def build(arch: str, num_classes: int, stem: str = "small") -> nn.Module:
     an unknown name and for a stem that it does not have.
     """
     if "+" in arch:
-        return _reusing(*arch.split("+"), num_classes, stem)
+        return _reusing(*arch.split("+", 1), num_classes, stem)
     if canonical(arch) in NETWORKS:
         network = NETWORKS[canonical(arch)](num_classes)
         if stem == "standard":
@@ -116,7 +116,7 @@ def _reusing(student: str, teacher: str, num_classes: int, stem: str) -> nn.Modu
         other = build(teacher, num_classes, stem_of(teacher, "auto", SMALL_IMAGES))
     for name, own in ((student, network), (teacher, other)):
         if not isinstance(own, PooledClassifier):
-            raise UserError(f"{name} has no classifier of one linear layer that can be reused; choose another network")
+            raise Unsuited(f"{name} has no classifier of one linear layer that can be reused; choose another network")
     network.transfer = _transfer(network.fc.in_features, other.fc.in_features)
     place = next(name for name, module in network.named_modules() if module is network.fc)
     network.set_submodule(place, nn.Linear(other.fc.in_features, num_classes).requires_grad_(False))
@@ -212,7 +212,9 @@ def shapes(network: nn.Module, image_size: int, n_images: int) -> Shapes:
     last_map, projected = (
         value if value is None else tuple(value.shape[1:]) for value in (outputs.last_map, outputs.projected)
     )
-    return Shapes(outputs.logits.shape[1], last_map, maps, n_images, projected)
+    weights = prototypes(network)
+    of_classes = None if weights is None else tuple(weights.shape)
+    return Shapes(outputs.logits.shape[1], last_map, maps, n_images, projected, of_classes)
 
 
 def folded(network: nn.Module) -> nn.Module:

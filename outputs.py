@@ -38,7 +38,8 @@ class Shapes(NamedTuple):
     """The shapes of a network's outputs for one image, from which a loss makes its learnt parts.
 
     classes: of the logits. last_map: (C, H, W). maps: (C, H, W) under each stage's name. n_images: how many images it
-    is trained on, which Outputs.index counts. projected: (C, H, W) of a feature student.
+    is trained on, which Outputs.index counts. projected: (C, H, W) of a feature student. prototypes: (classes,
+    features), None for a network that does not end in a linear layer.
     """
 
     classes: int
@@ -46,6 +47,7 @@ class Shapes(NamedTuple):
     maps: Mapping[str, tuple[int, int, int]]
     n_images: int
     projected: tuple[int, int, int] | None = None
+    prototypes: tuple[int, int] | None = None
 
 
 class PooledClassifier:

@@ -27,7 +27,7 @@ from suites import SUITES, Suite
 from teacher import Teacher
 from util import runtime
 from util.bounds import COUNT, POSITIVE
-from util.runtime import Diverged, UserError, say
+from util.runtime import Diverged, Unsuited, UserError, say
 
 FULL_EPOCHS, FULL_STEP = RECIPES["student"].epochs, RECIPES["student"].scheduler_step
 
@@ -49,7 +49,8 @@ def main() -> None:
         if trained_here:
             run_once(trained_here, replace(setup, augment=args.teacher_augment), None)
         # Before the student's row, so that a teacher that can't be loaded is told of before hours of training.
-        run_rows(rows, setup, args, load_teacher(teacher, path, setup, args, distilled) if distilled else None)
+        loaded = load_teacher(teacher, path, setup, args, distilled) if distilled else None
+        run_rows([row for row in rows if suits(row, setup, args, loaded)], setup, args, loaded)
     finally:
         if chosen.processes.main:
             for path in report.try_write(setup.results_dir):
@@ -138,7 +139,7 @@ def chosen_rows(args: argparse.Namespace, teacher: Recipe) -> list[Recipe]:
 def suite_runs(args: argparse.Namespace, teacher: Recipe) -> list[Recipe]:
     """The suite's runs in order, as the flags ask for them.
 
-    What can't be trained so is left out, and said to be. Raises UserError where it was asked for by name.
+    What can't be trained so is left out, and said to be. Raises Unsuited where it was asked for by name.
     """
     label, runs = suite_label(args, teacher), SUITES[args.suite].runs
     found = []
@@ -148,7 +149,7 @@ def suite_runs(args: argparse.Namespace, teacher: Recipe) -> list[Recipe]:
         recipe = suites.run_of(as_asked(runs[name], args, teacher), args.suite, name, label)
         try:
             losses.settings_of(recipe)
-        except UserError as error:
+        except Unsuited as error:
             if args.jobs:
                 raise
             say(f"left out: {error}")
@@ -192,6 +193,22 @@ def load_teacher(
     trained = jobs.load(recipe, path, setup.dataset.name, setup.stem, setup.dataset.image_size)
     trained = trained._replace(given=cli.normalisation(args))
     return jobs.make_teacher(trained, path, setup, args.teacher_cache == "auto", distilled)
+
+
+def suits(recipe: Recipe, setup: Setup, args: argparse.Namespace, teacher: Teacher | None) -> bool:
+    """Whether the recipe's loss can be had of its networks; one that can't is told of.
+
+    Raises Unsuited where it was asked for by name.
+    """
+    try:
+        if recipe.distils:
+            jobs.refuse_unsuited(recipe, setup, teacher)
+    except Unsuited as error:
+        if args.jobs:
+            raise
+        say(f"left out: {recipe.job}: {error}")
+        return False
+    return True
 
 
 def run_rows(rows: list[Recipe], setup: Setup, args: argparse.Namespace, teacher: Teacher | None) -> None:

@@ -72,17 +72,21 @@ def prepared(args: argparse.Namespace, dataset: data.Dataset, chosen: runtime.Ru
     index = torch.arange(n) % len(dataset.train.labels)
     split = Split(dataset.train.images[index], dataset.train.labels[index])
     batches = Batches(split, dataset.mean, dataset.std, args.batch_size, chosen.device, shuffle=True)
-    networks = {}
-    for name in (args.teacher_arch, args.student_arch):
+
+    def built(name: str) -> torch.nn.Module:
         torch.manual_seed(0)
         stem = models.stem_of(name, "auto", dataset.image_size)
-        networks[name] = models.build(name, dataset.num_classes, stem).to(chosen.device)
+        network = models.build(name, dataset.num_classes, stem)
+        return network.to(chosen.device, memory_format=torch.channels_last)
+
+    networks = {name: built(name) for name in (args.teacher_arch, args.student_arch)}
     settle(networks[args.teacher_arch], batches)
     teacher = Teacher(networks[args.teacher_arch], chosen, "benchmark", 0.0, cache_dir=folder, needs=["stages"])
-    student = networks[args.student_arch].to(memory_format=torch.channels_last)
     for name in (None, *losses.LOSSES):
         recipe = Recipe(name or "none", "", "student", 1, 1, soft=name, alpha=0.5, weight=None if name else 1.0)
         try:
+            reuses = name and losses.LOSSES[name].reuses
+            student = built(f"{args.student_arch}+{args.teacher_arch}") if reuses else networks[args.student_arch]
             yield name or "none", epoch(recipe, student, batches, teacher if name else None, chosen)
         except UserError as error:
             say(f"{name} is left out: {error}")

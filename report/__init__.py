@@ -30,14 +30,15 @@ def write(results_dir: Path, with_claims: bool = False) -> list[Path]:
     """Write the tables and the plots beside the runs' JSONs; give their paths.
 
     results.csv: every run. RESULTS.md, top1.png and curves.png: those of no suite, where there are any. Where there are
-    suites SUITE.md, and of each <suite>_cost.png or, where losses have several schedules, <suite>_schedules.png.
+    suites with a student SUITE.md, and of each <suite>_cost.png or, where losses have several schedules,
+    <suite>_schedules.png.
     with_claims: with what the runs say of each of the reference's claims.
     Raises UserError where there is no run, where some are damaged, where two are not of the same data, or where a
     package is missing.
     """
     require()
     rows = results.read(results_dir)
-    suites, others = suite.suites_of(rows), rows.of_no_suite()
+    suites, others = [found for found in suite.suites_of(rows) if found.students], rows.of_no_suite()
     if with_claims and not others:
         raise UserError(
             f"{results_dir} holds runs of suites alone, which tell nothing of the claims; leave --claims off"

@@ -18,7 +18,7 @@ B, N, CLASSES = 4, 9, 3
 STUDENT = {"stage1": (2, 8, 8), "stage2": (3, 4, 4), "stage3": (4, 2, 2)}
 TEACHER = {"stage1": (3, 4, 4), "stage2": (5, 4, 4), "stage3": (6, 4, 4)}
 INDEX, LABELS = torch.tensor([7, 2, 0, 5]), torch.tensor([0, 1, 0, 2])
-FEATURES = [name for name, loss in LOSSES.items() if callable(loss.needs) or {*loss.needs} - {"logits"}]
+FEATURES = [name for name, loss in LOSSES.items() if callable(loss.needs) or {*loss.needs} - {"logits", "prototypes"}]
 
 
 def shapes(maps):

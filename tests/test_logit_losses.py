@@ -6,12 +6,15 @@ import pytest
 import torch
 
 import losses
+import models
 from losses import LOSSES, Objective, settings_of
 from outputs import Outputs
 from recipes import Recipe
 
 LOGIT_LOSSES = [
-    name for name, loss in LOSSES.items() if loss.needs == ("logits",) and not loss.projects and not loss.parts
+    name
+    for name, loss in LOSSES.items()
+    if loss.needs in (("logits",), ("logits", "prototypes")) and not loss.projects and not loss.parts
 ]
 STANDARDISED = [name for name in LOGIT_LOSSES if "standardise" in LOSSES[name].settings]
 
@@ -222,9 +225,9 @@ def test_wkd_l_pays_less_for_a_class_that_is_like_the_teachers():
 
 
 def test_wkd_l_is_refused_for_a_teacher_without_a_final_linear_layer():
-    student, teacher, labels = batch()
-    with pytest.raises(losses.UserError, match="final linear layer"):
-        value_of("wkd_l", student, Outputs(logits=teacher), labels)
+    student, teacher = (models.build(name, 5, "standard") for name in ("shufflenet_v2_x0_5", "squeezenet1_1"))
+    with pytest.raises(losses.UserError, match="the loss wkd_l compares classes by the teacher's final linear layer"):
+        Objective(row("wkd_l"), *(models.shapes(network, 64, 1) for network in (student, teacher)))
 
 
 # Standardised logits

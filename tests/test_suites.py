@@ -159,6 +159,12 @@ def test_settings(tmp_path):
     assert "- Settings: dkd (alpha 0.7, T 4.0, nckd 2.0, weight 0.5)." in rows_of(tmp_path)[0]
 
 
+def test_a_suite_of_its_teacher_alone_has_no_table_yet(tmp_path):
+    """As where it is stopped after the teacher."""
+    put(tmp_path, "teacher", 75.0, suite="losses")
+    assert [path.name for path in report.write(tmp_path)] == ["results.csv"]
+
+
 def test_suites_stand_apart(tmp_path):
     put(tmp_path, "student", 59.0)
     put_run(tmp_path, "kd", 60.0)
@@ -299,6 +305,21 @@ def test_what_a_training_can_not_have_is_left_out_and_named(script, small, tmp_p
     ran = script(*command)
     assert ran.code == 2 and "left out: losses_crd_strong: crd remembers" in ran.err
     refused(script(*command, "--jobs", "crd"), "losses_crd_strong: crd remembers")
+
+
+def test_what_a_pair_can_not_have_is_left_out_and_named(script, small, tmp_path, monkeypatch):
+    """The runs after it are made, and the table has them."""
+    some = {name: SUITES["losses"].runs[name] for name in ("student", "at", "sp")}
+    monkeypatch.setitem(SUITES, "losses", replace(SUITES["losses"], runs=some))
+    networks = ["--teacher_arch", "resnet8x4", "--student_arch", "vgg8"]
+    command = ["reproduce.py", *small, "--suite", "losses", *networks, "--weights", "none", "--epochs", 1]
+    ran = script(*command)
+    assert ran.code == 0, ran.err
+    assert "left out: losses_at_resnet8x4_vgg8: this loss compares stage by stage" in ran.err
+    table = (tmp_path / "results" / "folder" / "SUITE.md").read_text()
+    assert "| sp |" in table and "| at |" not in table
+    again = script(*command, "--jobs", "sp", "at")
+    assert again.code == 2 and "epochs" not in again.err and "this loss compares stage by stage" in again.err
 
 
 def test_peak_memory():

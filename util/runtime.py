@@ -24,6 +24,10 @@ class UserError(Exception):
     """A mistake of the user's, as one line that says what is wrong and what to do. Scripts print it and exit with 2."""
 
 
+class Unsuited(UserError):
+    """What was asked for can't be had here, though others of its kind can: of several, it may be left out."""
+
+
 class Diverged(Exception):
     """The loss or the weights became NaN or infinite. Scripts print it and exit with 1."""
 
