@@ -27,7 +27,7 @@ from outputs import Outputs
 from recipes import RECIPES, TRAININGS, Recipe, described, milestones, warmup_epochs
 from report.results import Result, epochs_csv
 from teacher import Normalisation, Teacher
-from util.convolution import Conv3x3
+from util.convolution import replace_all
 from util.files import ensure_writable, remove_leftovers, replacing, sha256
 from util.runstate import Keeper, differences, refuse_difference
 from util.runtime import (
@@ -438,7 +438,7 @@ def _fresh(recipe: Recipe, setup: Setup, keeper: Keeper, shorter: Result | None)
         with processes.first_on_its_machine():
             checkpoint.start(network, start_of(recipe, setup), recipe.built, stem_of(recipe, setup))
     if runtime.device.type == "cpu":
-        Conv3x3.replace_all(network)
+        replace_all(network)
     if _batch_norm(setup) == "whole batch" and processes.size > 1:
         network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
     elif processes.size > 1 and setup.sync_bn:
@@ -453,6 +453,8 @@ def aim(
     if teacher is None:
         return None, losses.Objective(recipe)
     objective = _objective(recipe, network, teacher, batches.size, batches.n_images).to(batches.device)
+    if batches.device.type == "cpu":
+        replace_all(objective)
     if batches.processes.size > 1 and any(True for _ in objective.buffers()):
         raise Unsuited(
             f"the loss {recipe.soft} keeps a memory of its own, which processes don't share; use one process"

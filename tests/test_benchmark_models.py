@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import models
 from benchmark_models import ARCHITECTURES
 from outputs import Outputs
-from util.convolution import Conv3x3
+from util.convolution import replace_all
 
 PARAMETERS = {  # for 100 classes
     **{"resnet20": 278_324, "resnet32": 472_756, "resnet44": 667_188, "resnet56": 861_620, "resnet110": 1_736_564},
@@ -266,7 +266,7 @@ def test_folded_computes_the_same(name, trained):
 def test_the_fast_convolution_and_channels_last_change_nothing(name, bf16, tolerance, trained):
     plain = trained(name).eval()
     fast = copy.deepcopy(plain).to(memory_format=torch.channels_last)
-    Conv3x3.replace_all(fast)
+    replace_all(fast)
     images, results = torch.randn(8, 3, 16, 16), []
     for network, batch in ((plain, images), (fast, images.to(memory_format=torch.channels_last))):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):

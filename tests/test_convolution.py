@@ -1,4 +1,7 @@
-"""The 3x3 convolution with a weights' gradient of its own: the same as nn.Conv2d's, and used only where it pays."""
+"""The convolutions whose weights' gradient is their own: the same as nn.Conv2d's where that is right."""
+
+import copy
+import ctypes
 
 import pytest
 import torch
@@ -6,7 +9,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import models
-from util.convolution import Conv3x3, weight_gradient
+from util.convolution import Conv, Conv3x3, replace_all, weight_gradient
 
 
 def own(layer_output: torch.Tensor) -> bool:
@@ -32,7 +35,7 @@ def test_bf16_gradients_are_conv2ds(stride):
     plain = nn.Conv2d(16, 256, 3, stride=stride, padding=1, bias=False)
     mine = nn.Conv2d(16, 256, 3, stride=stride, padding=1, bias=False)
     mine.load_state_dict(plain.state_dict())
-    Conv3x3.replace_all(mine)
+    replace_all(mine)
     x = torch.randn(4, 16, 4, 4).to(memory_format=torch.channels_last)
     results = []
     for conv in (plain, mine):
@@ -50,7 +53,7 @@ def test_bf16_gradients_are_conv2ds(stride):
 
 def test_used_only_where_it_pays():
     conv = nn.Conv2d(8, 256, 3, padding=1, bias=False)
-    Conv3x3.replace_all(conv)
+    replace_all(conv)
     small, large = torch.randn(2, 8, 4, 4).bfloat16(), torch.randn(2, 8, 4, 5).bfloat16()
     assert not own(conv(small.float()))
     with torch.autocast("cpu", torch.bfloat16):
@@ -60,25 +63,82 @@ def test_used_only_where_it_pays():
         conv.requires_grad_(False)
         assert not own(conv(small.clone().requires_grad_()))
         few = nn.Conv2d(8, 128, 3, padding=1, bias=False)
-        Conv3x3.replace_all(few)
+        replace_all(few)
         assert not own(few(small))
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"groups": 2}, {"dilation": 2}, {"bias": True}, {"padding": 0}, {"kernel_size": 1}, {"padding_mode": "reflect"}],
+    "options, kind",
+    [
+        ({"groups": 2}, Conv),
+        ({"bias": True}, Conv),
+        ({"padding": 0}, Conv),
+        ({"kernel_size": (1, 3), "padding": (0, 1)}, Conv),
+        ({"kernel_size": 1}, nn.Conv2d),
+        ({"dilation": 2}, nn.Conv2d),
+        ({"padding": "same"}, nn.Conv2d),
+        ({"padding_mode": "reflect"}, nn.Conv2d),
+    ],
 )
-def test_other_convolutions_are_left_alone(options):
+def test_other_convolutions_have_no_gradient_of_their_own_for_3x3(options, kind):
     conv = nn.Conv2d(**{"in_channels": 4, "out_channels": 4, "kernel_size": 3, "padding": 1, "bias": False, **options})
-    Conv3x3.replace_all(conv)
-    assert type(conv) is nn.Conv2d
+    replace_all(conv)
+    assert type(conv) is kind
+
+
+@pytest.fixture
+def littered():
+    """What is allocated is full of a pattern, and not, by luck, of zeros; with the C library that has the means."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        pytest.skip("only glibc can fill what it allocates")
+    m_perturb = -6
+    mallopt(m_perturb, 165)
+    yield
+    mallopt(m_perturb, 0)
+
+
+KERNELS = [(3, 1), (5, 2), (7, 3), ((1, 7), (0, 3))]  # with their paddings
+CASES = [*((*kernel, side) for kernel in KERNELS for side in (1, 2, 3, 5)), (4, 1, 2)]
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("groups", [1, 16])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel, padding, side", CASES)
+def test_taps_that_lie_on_the_padding_alone_have_no_gradient(littered, kernel, padding, side, stride, groups, layout):
+    """Of which oneDNN leaves it uninitialised in bf16; all the rest is nn.Conv2d's."""
+    torch.manual_seed(0)
+    plain = nn.Conv2d(16, 128 if groups == 1 else 16, kernel, stride, padding, groups=groups)
+    mine = copy.deepcopy(plain).to(memory_format=layout)
+    replace_all(mine)
+    images = torch.randn(4, 16, side, side)
+    ours, theirs = (images.to(memory_format=layout).clone().requires_grad_() for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = mine(ours)
+    expected = plain(theirs)
+    gradient = torch.randn_like(expected)
+    output.backward(gradient.to(output.dtype))
+    expected.backward(gradient)
+    pairs = [(output, expected), (ours.grad, theirs.grad), (mine.weight.grad, plain.weight.grad)]
+    for found, right in [*pairs, (mine.bias.grad, plain.bias.grad)]:
+        assert found.shape == right.shape
+        assert (found.double() - right.double()).norm() < 0.02 * right.double().norm()  # bf16 has 8 bits
+    assert not mine.weight.grad[plain.weight.grad == 0].any()
+
+
+def test_a_map_smaller_than_the_kernel_is_pytorchs_error():
+    conv = nn.Conv2d(4, 4, 3, stride=2)
+    replace_all(conv)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="Kernel size"):
+        conv(torch.randn(1, 4, 2, 2))
 
 
 @pytest.mark.parametrize("kind, convolutions", [("student", 17), ("teacher", 17)])
 def test_of_networks_all_are_replaced(kind, convolutions):
     """All 3x3 ones, the stem's too: 1 + 16 of a ResNet-18's basic blocks, 1 + 16 of a ResNet-50's bottlenecks."""
     network = models.build(kind, 10)
-    Conv3x3.replace_all(network)
+    replace_all(network)
     assert sum(isinstance(module, Conv3x3) for module in network.modules()) == convolutions
 
 
@@ -86,7 +146,7 @@ def test_a_folded_copy_keeps_its_biases_with_gradients_on():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(16, 256, 3, padding=1, bias=False), nn.BatchNorm2d(256))
     nn.init.constant_(network[1].bias, 3.0)
-    Conv3x3.replace_all(network)
+    replace_all(network)
     conv = fuse_conv_bn_eval(*network.eval())
     x = torch.randn(2, 16, 4, 4).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
@@ -97,7 +157,7 @@ def test_a_folded_copy_keeps_its_biases_with_gradients_on():
 
 def test_a_training_step_uses_it():
     network = models.build("student", 10).to(memory_format=torch.channels_last)
-    Conv3x3.replace_all(network)
+    replace_all(network)
     seen = []
     for layer in (network.layer3[1].conv2, network.layer4[1].conv2):
         layer.register_forward_hook(lambda module, inputs, output: seen.append(own(output)))

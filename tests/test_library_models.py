@@ -12,7 +12,7 @@ from torch import nn
 import library_models
 import models
 from outputs import STAGES, Outputs
-from util.convolution import Conv3x3
+from util.convolution import Conv3x3, replace_all
 from util.runtime import UserError
 
 # A small one of each family, and the side of the images that it's tried with.
@@ -117,7 +117,7 @@ def test_a_copy_in_training_has_a_gradient_for_every_parameter(case):
 
 def test_other_layers_and_layouts(case):
     network = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(case.network))
-    Conv3x3.replace_all(network)
+    replace_all(network)
     network.to(memory_format=torch.channels_last)
     if case.name == "resnet18":
         assert isinstance(network.bn1, nn.SyncBatchNorm) and isinstance(network.layer1[0].conv1, Conv3x3)

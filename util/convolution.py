@@ -1,4 +1,4 @@
-"""A 3x3 convolution whose weights' gradient is fast over the small maps at a ResNet's end, on a CPU in bf16."""
+"""Convolutions that a CPU, in bf16, trains rightly over maps smaller than their kernels, and fast over small ones."""
 
 import torch
 import torch.nn.functional as F
@@ -9,20 +9,62 @@ CHANNELS = 256
 PIXELS = 4 * 4
 
 
-class Conv3x3(nn.Conv2d):
-    """An nn.Conv2d(kernel_size=3, padding=1, bias=False) that trains faster over small maps, on a CPU in bf16.
+def replace_all(network: nn.Module) -> None:
+    """Make each of the network's nn.Conv2d one that trains as it should on a CPU in bf16.
 
-    The output and the gradients are nn.Conv2d's, up to rounding. Elsewhere (other devices and precisions, larger maps,
-    inference, with a bias) it is nn.Conv2d itself.
+    The outputs and the gradients are nn.Conv2d's, up to rounding. Elsewhere (other devices and precisions, inference)
+    they are nn.Conv2d itself.
+    """
+    for module in network.modules():
+        if type(module) is nn.Conv2d and _is_plain(module):
+            # The class alone changes, so weights and hooks stay, and no random numbers are drawn.
+            module.__class__ = Conv3x3 if _is_3x3(module) else Conv
+
+
+class Conv(nn.Conv2d):
+    """An nn.Conv2d with the right gradient where some of its kernel's taps lie on the padding for every output.
+
+    Of such taps' weights oneDNN leaves the gradient as that memory was (seen with PyTorch 2.14, over maps of 1x1, and
+    of 2x2 with kernels of 7x7). Here the kernel is cut to the others, so that it is 0.
     """
 
-    @classmethod
-    def replace_all(cls, network: nn.Module) -> None:
-        """Make one of every 3x3 convolution of the network that is like that."""
-        for module in network.modules():
-            if type(module) is nn.Conv2d and _fits(module):
-                # The class alone changes, so weights and hooks stay, and no random numbers are drawn.
-                module.__class__ = cls
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows, columns = (_touching(x.shape[2 + i], *self._sides(i)) for i in (0, 1))
+        whole = all(taps == range(size) for taps, size in zip((rows, columns), self.kernel_size, strict=True))
+        if whole or not self._trains_in_bf16(x):
+            return super().forward(x)
+        kernel = self.weight[:, :, rows.start : rows.stop, columns.start : columns.stop]
+        padding = (self.padding[0] - rows.start, self.padding[1] - columns.start)
+        return F.conv2d(x, kernel, self.bias, self.stride, padding, groups=self.groups)
+
+    def _sides(self, axis: int) -> tuple[int, int, int]:
+        return self.kernel_size[axis], self.stride[axis], self.padding[axis]
+
+    def _trains_in_bf16(self, x: torch.Tensor) -> bool:
+        in_bf16 = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+        return in_bf16 and self.weight.requires_grad and torch.is_grad_enabled()
+
+
+def _touching(pixels: int, taps: int, stride: int, padding: int) -> range:
+    """Along one side, the taps that lie on the image for some output; all, where others can't be left away."""
+    outputs = (pixels + 2 * padding - taps) // stride + 1
+    first, end = max(0, padding - (outputs - 1) * stride), min(taps, pixels + padding)
+    left = (pixels + 2 * (padding - first) - (end - first)) // stride + 1
+    return range(first, end) if left == outputs > 0 else range(taps)
+
+
+def _is_plain(conv: nn.Conv2d) -> bool:
+    known = conv.dilation == (1, 1) and conv.padding_mode == "zeros" and isinstance(conv.padding, tuple)
+    return known and conv.kernel_size != (1, 1)
+
+
+def _is_3x3(conv: nn.Conv2d) -> bool:
+    plain = conv.groups == 1 and conv.bias is None and conv.kernel_size == (3, 3) and conv.padding == (1, 1)
+    return plain and conv.stride[0] == conv.stride[1]
+
+
+class Conv3x3(Conv):
+    """An nn.Conv2d(kernel_size=3, padding=1, bias=False) whose weights' gradient is fast over small maps, too."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self._pays(x):
@@ -31,15 +73,9 @@ class Conv3x3(nn.Conv2d):
 
     def _pays(self, x: torch.Tensor) -> bool:
         pixels = -(-x.shape[2] // self.stride[0]) * -(-x.shape[3] // self.stride[0])
-        in_bf16 = x.device.type == "cpu" and x.dtype == torch.bfloat16 and torch.is_autocast_enabled("cpu")
-        trains = self.weight.requires_grad and torch.is_grad_enabled()
+        in_bf16 = x.dtype == torch.bfloat16 and self._trains_in_bf16(x)
         # Its bias is None when a convolution is made one of these; folding a batch norm into it gives it one.
-        return self.bias is None and in_bf16 and trains and pixels <= PIXELS and self.out_channels >= CHANNELS
-
-
-def _fits(conv: nn.Conv2d) -> bool:
-    plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.bias is None and conv.padding_mode == "zeros"
-    return plain and conv.kernel_size == (3, 3) and conv.padding == (1, 1) and conv.stride[0] == conv.stride[1]
+        return self.bias is None and in_bf16 and pixels <= PIXELS and self.out_channels >= CHANNELS
 
 
 class _Convolution(torch.autograd.Function):
