@@ -86,16 +86,17 @@ def test_other_convolutions_have_no_gradient_of_their_own_for_3x3(options, kind)
     assert type(conv) is kind
 
 
+M_PERTURB = -6  # glibc's
+
+
 @pytest.fixture
-def littered():
-    """What is allocated is full of a pattern, and not, by luck, of zeros; with the C library that has the means."""
+def litter():
+    """litter(165) has all that is allocated full of a pattern, and not, by luck, of zeros."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         pytest.skip("only glibc can fill what it allocates")
-    m_perturb = -6
-    mallopt(m_perturb, 165)
-    yield
-    mallopt(m_perturb, 0)
+    yield lambda pattern: mallopt(M_PERTURB, pattern)
+    mallopt(M_PERTURB, 0)
 
 
 KERNELS = [(3, 1), (5, 2), (7, 3), ((1, 7), (0, 3))]  # with their paddings
@@ -106,8 +107,9 @@ CASES = [*((*kernel, side) for kernel in KERNELS for side in (1, 2, 3, 5)), (4, 
 @pytest.mark.parametrize("groups", [1, 16])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("kernel, padding, side", CASES)
-def test_taps_that_lie_on_the_padding_alone_have_no_gradient(littered, kernel, padding, side, stride, groups, layout):
+def test_taps_that_lie_on_the_padding_alone_have_no_gradient(litter, kernel, padding, side, stride, groups, layout):
     """Of which oneDNN leaves it uninitialised in bf16; all the rest is nn.Conv2d's."""
+    litter(165)
     torch.manual_seed(0)
     plain = nn.Conv2d(16, 128 if groups == 1 else 16, kernel, stride, padding, groups=groups)
     mine = copy.deepcopy(plain).to(memory_format=layout)
@@ -125,6 +127,20 @@ def test_taps_that_lie_on_the_padding_alone_have_no_gradient(littered, kernel, p
         assert found.shape == right.shape
         assert (found.double() - right.double()).norm() < 0.02 * right.double().norm()  # bf16 has 8 bits
     assert not mine.weight.grad[plain.weight.grad == 0].any()
+
+
+def test_what_memory_held_before_has_no_part_in_a_training(litter, script, small, tmp_path):
+    """The weights are the same to the last bit, of a network that has such taps at 8x8 pixels."""
+    found = []
+    for pattern in (85, 165):
+        litter(pattern)
+        flags = [*small[:-1], "bf16", "--student_arch", "mobilenet_v3_small", "--epochs", 1, "--overwrite"]
+        ran = script("train.py", "--model_job", "student", *flags)
+        assert ran.code == 0, ran.err
+        path = tmp_path / "checkpoints" / "folder" / "student_mobilenet_v3_small.pth"
+        found.append(torch.load(path, weights_only=True))
+    first, second = found
+    assert first and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_map_smaller_than_the_kernel_is_pytorchs_error():
