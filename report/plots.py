@@ -269,10 +269,16 @@ def cost_plot(suite: Suite) -> bytes:
     axes.grid(alpha=0.3)
     axes.set_xlabel("\n".join(["milliseconds a step", *_noise_kinds(suite)]))
     axes.set_ylabel("top-1 on the test images, %")
-    axes.set_title(_title(suite, f"Accuracy against cost, {suite.name}"))
+    axes.set_title(_title(suite, f"Accuracy against cost, {suite.name}, {_epochs(suite)}"))
     marks = [(x, y, suite.noise(name)) for name, (x, y) in points.items()]
     _name_marks(figure, axes, dict(zip(map(suite.label, points), marks, strict=True)))
     return _png(figure)
+
+
+def _epochs(suite: Suite) -> str:
+    """How long the students were trained, in words."""
+    counts = sorted({suite.first(name).recipe["epochs"] for name in suite.students})
+    return " or ".join(f"{n:,}" for n in counts) + " epochs"
 
 
 def _noise_kinds(suite: Suite) -> list[str]:
@@ -331,7 +337,7 @@ def schedules_plot(suite: Suite) -> bytes:
     axes.set_xticks(range(len(alphas)), [f"constant {a:g}" if not isinstance(a, str) else a for a in alphas])
     axes.set_yticks(range(len(losses)), losses)
     axes.set_xlabel("alpha, the weight of the hard labels; bold: beyond noise against the constant")
-    axes.set_title(_title(suite, f"Top-1 by loss and schedule, {suite.name}"))
+    axes.set_title(_title(suite, f"Top-1 by loss and schedule, {suite.name}, {_epochs(suite)}"))
     figure.colorbar(image, label="points more than\nwith a constant alpha")
     return _png(figure)
 
