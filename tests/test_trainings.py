@@ -268,12 +268,11 @@ def test_streamed_images_are_mixed_alike(small):
 
 
 def test_the_teacher_is_shown_the_mixed_images(digits, tmp_path):
-    teacher = Teacher(Linear(), Runtime(CPU, "fp32"), "", 0.0, cache_dir=tmp_path)
+    teacher = Teacher(models.build("resnet8x4", 10), Runtime(CPU, "fp32"), "", 0.0, cache_dir=tmp_path)
     batches = strong_batches(digits)
     assert teacher.source(batches, frozenset({"logits"})) is teacher and not list(tmp_path.iterdir())
     seen = []
     teacher.network.register_forward_pre_hook(lambda _, images: seen.append(images[0]))
-    teacher.network.classify = None
     batch = next(batches.epoch(0))
     teacher(batch)
     assert seen[0] is batch.images
