@@ -675,8 +675,6 @@ class Objective(nn.Module):
         )
         # A feature student has a projector of its own; any other network gets one here.
         self.projector, projects = None, any(loss.projects for loss in terms.values())
-        if student and not student.projected and any(loss.reuses for loss in terms.values()):
-            raise Unsuited(f"the loss {recipe.soft} is for a student that has the teacher's classifier")
         if projects and student and student.projected and student.projected[0] != teacher.last_map[0]:
             there, wanted = student.projected[0], teacher.last_map[0]
             raise UserError(
@@ -719,7 +717,7 @@ class Objective(nn.Module):
 
 
 def _refuse_lacking(terms: dict[str, Loss], settings: dict[str, float], student: Shapes, teacher: Shapes) -> None:
-    """Raise Unsuited for a loss of what a network has not: feature maps, as many stages, a final linear layer."""
+    """Raise Unsuited for a loss of what a network has not: feature maps, as many stages, a classifier's weights."""
     needs = {name: {*loss.needed(settings)} for name, loss in terms.items()}
     of_maps = [name for name, loss in terms.items() if loss.projects or needs[name] - {"logits", "prototypes"}]
     without = [whose for whose, shapes in (("student", student), ("teacher", teacher)) if shapes.last_map is None]
@@ -729,6 +727,8 @@ def _refuse_lacking(terms: dict[str, Loss], settings: dict[str, float], student:
         )
     if any("stages" in names for names in needs.values()):
         paired_stages(student, teacher)
+    if reusing := [name for name, loss in terms.items() if loss.reuses and not student.projected]:
+        raise Unsuited(f"the loss {reusing[0]} is for a student that has the teacher's classifier")
     of_classes = [name for name, names in needs.items() if "prototypes" in names]
     if of_classes and teacher.prototypes is None:
         raise Unsuited(
