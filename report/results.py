@@ -10,7 +10,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Any, NotRequired, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
 
 import numpy
 
@@ -63,11 +63,12 @@ class RecipeValues(_RecipeValues, total=False):
 
 
 class Claimed(TypedDict):
-    """A paper's figure, and after how many epochs it was measured."""
+    """A paper's figure, after how many epochs it was measured, and whether at the best of them, see recipes.Claim."""
 
     top1: float
     source: str
     epochs: int
+    best: NotRequired[bool]
 
 
 class _Epoch(TypedDict):

@@ -167,7 +167,7 @@ def _cells(suite: Suite, name: str, to_alone: Comparison | None, to_kd: Comparis
     kd_ms, memory = suite.kd and suite.step_ms(suite.kd), max(run.peak_memory for run in runs)
     return {
         "loss": suite.label(name),
-        "claimed": f"{claimed['top1']:.2f} ({claimed['source']})" if claimed else "",
+        "claimed": _claim(claimed) if claimed else "",
         "top-1": spread([run.test["top1"] for run in runs], ".2f"),
         "seeds": str(len(runs)),
         "epochs": _epochs(suite, name),
@@ -179,6 +179,10 @@ def _cells(suite: Suite, name: str, to_alone: Comparison | None, to_kd: Comparis
         "parameters of the loss": f"{runs[0].extra_parameters:,}" if suite.loss(name) else "",
         "memory, MiB": f"{memory / 2**20:,.0f}" if student and memory else "",
     }
+
+
+def _claim(claimed: Claimed) -> str:
+    return f"{claimed['top1']:.2f}{', best epoch' * claimed.get('best', False)} ({claimed['source']})"
 
 
 def _is_shorter(suite: Suite, name: str) -> bool:
@@ -214,8 +218,10 @@ def _notes(suite: Suite) -> list[str]:
         *_interval_notes(suite),
         "p: that there is no difference, over images and seeds, after Holm's correction over the rows of the column.",
     ]
-    if any(suite.claimed(name) for name in suite):
+    if claims := [*filter(None, map(suite.claimed, suite))]:
         notes.append("claimed: top-1 that the paper gives for these two networks on CIFAR-100.")
+        if any(claim.get("best") for claim in claims):
+            notes.append("best epoch: claimed of the epoch that is best on the test images; measured of the last.")
     if shorter := [suite.label(name) for name in suite if _is_shorter(suite, name)]:
         notes.append(
             f"**Trained for fewer epochs than what is claimed: {', '.join(shorter)}.** That costs accuracy, and not "

@@ -154,6 +154,15 @@ def test_claims_stand_beside_cifar100_only(tmp_path):
     assert "Nothing is compared with the student alone, which did not run." in text
 
 
+def test_a_claim_of_the_best_epoch_is_told(tmp_path):
+    put_run(tmp_path, "kd", 70.0)
+    assert "best epoch" not in rows_of(tmp_path)[0]
+    put_run(tmp_path, "dkd", 71.0, claimed={**CLAIM, "best": True})
+    text, rows = rows_of(tmp_path)
+    assert rows["dkd"]["claimed"] == "70.00, best epoch (A paper)" and rows["kd"]["claimed"] == "70.00 (A paper)"
+    assert "- best epoch: claimed of the epoch that is best on the test images; measured of the last." in text
+
+
 def test_settings(tmp_path):
     put_run(tmp_path, "dkd", 62.0, recipe={"T": 4.0, "nckd": 2.0, "weight": 0.5})
     assert "- Settings: dkd (alpha 0.7, T 4.0, nckd 2.0, weight 0.5)." in rows_of(tmp_path)[0]
