@@ -234,7 +234,8 @@ def _notes(suite: Suite) -> list[str]:
             notes.append(f"Not compared with {words}, as they were trained otherwise: {', '.join(others)}.")
     return [
         *notes,
-        "ms a step: of each run the median over its epochs; to be trusted where nothing else ran on the device.",
+        "ms a step: of each run the median over its epochs; to be trusted where nothing else ran on the device. Where "
+        "images are augmented, the first run of a loss of logits runs the teacher for those to come, and takes longer.",
         "parameters of the loss: learnt with the student's and, simkd's apart, no part of it. What a loss remembers is "
         "not counted.",
         "memory: the peak while training; on a GPU what torch allocated, on a CPU all that the process had resident, "
