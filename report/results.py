@@ -10,7 +10,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from types import UnionType
-from typing import Any, NotRequired, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Any, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
 
 import numpy
 
@@ -62,13 +62,16 @@ class RecipeValues(_RecipeValues, total=False):
     weight: float | None
 
 
-class Claimed(TypedDict):
-    """A paper's figure, after how many epochs it was measured, and whether at the best of them, see recipes.Claim."""
-
+class _Claimed(TypedDict):
     top1: float
     source: str
     epochs: int
-    best: NotRequired[bool]
+
+
+class Claimed(_Claimed, total=False):
+    """A paper's figure, after how many epochs it was measured, and whether at the best of them, see recipes.Claim."""
+
+    best: bool
 
 
 class _Epoch(TypedDict):
