@@ -49,7 +49,7 @@ def main() -> None:
     args = parser.parse_args()
 
     chosen = runtime.choose(args.device, "fp32" if args.precision == "auto" else args.precision)
-    recipe, path, student = cli.trained(args, tuple(RECIPES))
+    recipe, path, student = cli.trained(args, tuple(RECIPES), beside_teacher=True)
     teacher_path = args.teacher or cli.teacher_path(args)
     teacher_recipe = cli.teacher_recipe(args, teacher_path)
     teacher = jobs.load(teacher_recipe, teacher_path, args.dataset, args.stem, args.image_size)

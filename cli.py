@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import functools
 import re
 import shlex
 import signal
@@ -21,7 +22,7 @@ from jobs import Setup
 from recipes import RECIPES, TRAININGS, Recipe, under
 from teacher import Normalisation
 from util import files, processes, runtime, scalars
-from util.bounds import COUNT, POSITIVE, Bound
+from util.bounds import COUNT, NOT_NEGATIVE, POSITIVE, Bound
 from util.processes import Lost
 from util.runtime import Diverged, Runtime, Stopped, UserError, say
 
@@ -175,22 +176,22 @@ def add_weights_flag(parser: Parser, default: str) -> None:
 
 def add_teacher_statistics_flags(parser: Parser) -> None:
     """Flags of the scripts that run a teacher."""
-    for name, words in (("mean", "mean"), ("std", "standard deviation")):
+    for name, words, bound in (("mean", "mean", NOT_NEGATIVE), ("std", "standard deviation", POSITIVE)):
         parser.add_argument(
-            f"--teacher_{name}", type=statistics, metavar="R,G,B",
+            f"--teacher_{name}", type=functools.partial(statistics, bound), metavar="R,G,B",
             help=f"the {words} by which the teacher's images are normalised, pixels taken as 0 to 1, or imagenet; "
             "default: its checkpoint's own, else the data set's",
         )  # fmt: skip
 
 
-def statistics(text: str) -> data.Statistics | str:
-    """An argparse type: three numbers, one for each of red, green and blue, or "imagenet"."""
+def statistics(bound: Bound, text: str) -> data.Statistics | str:
+    """An argparse type: three numbers within the bound, one for each of red, green and blue, or "imagenet"."""
     parts = text.split(",")
     if text == "imagenet":
         return text
     if len(parts) != 3:
         raise argparse.ArgumentTypeError(f"{text} is not three numbers like 0.485,0.456,0.406, nor imagenet")
-    return tuple(number(POSITIVE)(part) for part in parts)
+    return tuple(number(bound)(part) for part in parts)
 
 
 def normalisation(args: argparse.Namespace) -> Normalisation | None:
@@ -488,12 +489,20 @@ def add_trained_flags(parser: Parser, choices: tuple[str, ...]) -> None:
     add_teacher_statistics_flags(parser)
 
 
-def trained(args: argparse.Namespace, choices: tuple[str, ...]) -> tuple[Recipe, Path, jobs.Trained]:
-    """The run that add_trained_flags ask for, its checkpoint, and the network in it. Raises UserError."""
+def trained(
+    args: argparse.Namespace, choices: tuple[str, ...], beside_teacher: bool = False
+) -> tuple[Recipe, Path, jobs.Trained]:
+    """The run that add_trained_flags ask for, its checkpoint, and the network in it. Raises UserError.
+
+    beside_teacher: a teacher is asked for as well, whether or not the run is distilled from it.
+    """
     folder = checkpoint_dir(args)
     recipe = jobs.recipe_named(args.model_job, args.checkpoint or folder, choices, args.seed)
     teacher = of_arch(RECIPES["teacher"], args.teacher_arch) if recipe.distils else None
-    recipe = with_networks(recipe, args, teacher)
+    if beside_teacher and not recipe.distils and recipe.network != "teacher":
+        recipe = of_arch(recipe, args.student_arch)
+    else:
+        recipe = with_networks(recipe, args, teacher)
     file = args.checkpoint or jobs.checkpoint_path(recipe, folder, args.seed)
     return recipe, file, jobs.load(recipe, file, args.dataset, args.stem, args.image_size)
 

@@ -81,6 +81,8 @@ def read(names: list[str], folder: Path) -> Runs:
 def find(name: str, folder: Path) -> Path:
     """The file of the result of that name. Raises UserError, which tells of near names or of the run's seeds."""
     path = cli.path(name)
+    if path.is_file() and path.suffix != ".json":
+        raise UserError(f"{name} is no result; give a result's JSON, or the name of a run in {folder}")
     if path.is_file():
         return path
     if path.suffix == ".json":

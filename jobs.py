@@ -92,17 +92,22 @@ class Paths(NamedTuple):
 class Trained(NamedTuple):
     """A network from a checkpoint, and what the file says of it; None where it says nothing.
 
-    given: the normalisation of its images, where the user tells it.
+    given: the normalisation of its images, where the user tells it. stem: which it was built with, where the file fits
+    either; else None.
     """
 
     network: nn.Module
     about: dict[str, Any] | None
     given: Normalisation | None = None
+    stem: str | None = None
 
     @property
     def normalisation(self) -> Normalisation | None:
         """Mean and standard deviation of its images' channels, as given, or where the checkpoint tells them."""
         return self.given or (self.about and (tuple(self.about["mean"]), tuple(self.about["std"])))
+
+
+ADVICE = "give this run a --name of its own or other folders, or replace that one with --overwrite"
 
 
 def checkpoint_path(recipe: Recipe, folder: Path, seed: int = 0, name: str | None = None) -> Path:
@@ -144,7 +149,7 @@ def identity(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> dict[str,
         "batch_norm": _batch_norm(setup),
         "recipe": described(replace(recipe, settings=losses.settings_of(recipe), weight=losses.weight_of(recipe))),
         "stem": stem_of(recipe, setup),
-        "weights": start_of(recipe, setup),
+        "weights": _content_of(start_of(recipe, setup)),
         "teacher": teacher and teacher.identity,
         "warm_start": None,
     }
@@ -164,27 +169,54 @@ def start_of(recipe: Recipe, setup: Setup) -> str | None:
     return "imagenet" if checkpoint.imagenet_url(recipe.built) else "none"
 
 
-def finished(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> Result | None:
-    """The result of this very run, where it is on the disk with the checkpoint that it is about; else None.
+def _content_of(start: str | None) -> str | None:
+    """What a network starts from: of a file its content, wherever it lies."""
+    file = _file_of(start)
+    return f"a file of sha256 {sha256(file)}" if file and file.is_file() else start
 
-    Raises UserError where the work of another run is in its place: nothing finished is replaced unasked.
+
+def _file_of(start: str | None) -> Path | None:
+    return None if start in (None, "none", "imagenet") else Path(start).expanduser()
+
+
+def _unknowable(recipe: Recipe, setup: Setup) -> tuple[str, ...]:
+    """What of the identity can't be told any more: where the file is gone that the network started from."""
+    file = _file_of(start_of(recipe, setup))
+    return ("weights",) if file and not file.is_file() else ()
+
+
+def _is_damaged(path: Path) -> bool:
+    try:
+        checkpoint.read(path, "")
+    except UserError:
+        return True
+    return False
+
+
+def finished(recipe: Recipe, setup: Setup, teacher: Teacher | None, advice: str = ADVICE) -> Result | None:
+    """The result of this very run, where it is on the disk with the checkpoint that it is about.
+
+    None where there is nothing, or where the checkpoint is gone or damaged. Raises UserError where the work of another
+    run is in its place, or a checkpoint that is none of this run's: nothing finished is replaced unasked. advice: what
+    to do then.
     """
-    there, now = paths(recipe, setup), identity(recipe, setup, teacher)
+    there, now, untold = paths(recipe, setup), identity(recipe, setup, teacher), _unknowable(recipe, setup)
     result = Result.read(there.result) if there.result.exists() else None
     if result:
-        refuse_difference(asdict(result), now, there.result, ADVICE)
-        return result if there.checkpoint.exists() and result.checkpoint_sha256 == sha256(there.checkpoint) else None
+        refuse_difference(asdict(result), now, there.result, advice, may_differ=untold)
+        if there.checkpoint.exists() and result.checkpoint_sha256 == sha256(there.checkpoint):
+            return result
+        if there.checkpoint.exists() and not _is_damaged(there.checkpoint):
+            raise UserError(f"{there.checkpoint} is not the checkpoint that {there.result} tells of; {advice}")
+        return None
     if there.checkpoint.exists():
-        _, about = checkpoint.read(there.checkpoint, ADVICE)
+        _, about = checkpoint.read(there.checkpoint, advice)
         if not (about and "run" in about):
             raise UserError(
-                f"{there.checkpoint} is there, and {there.result}, which would tell its run, is not; {ADVICE}"
+                f"{there.checkpoint} is there, and {there.result}, which would tell its run, is not; {advice}"
             )
-        refuse_difference(about["run"], now, there.checkpoint, ADVICE)
+        refuse_difference(about["run"], now, there.checkpoint, advice, may_differ=untold)
     return None
-
-
-ADVICE = "give this run a --name of its own or other folders, or replace that one with --overwrite"
 
 
 def train(recipe: Recipe, setup: Setup, teacher: Teacher | None = None) -> None:
@@ -213,7 +245,9 @@ def train(recipe: Recipe, setup: Setup, teacher: Teacher | None = None) -> None:
             print_figures(done.test)
             show(done, there, setup)
             return
-        _begin(keeper, setup.mode, recipe)
+        if there.result.exists() and not replaces:
+            say(f"{there.checkpoint}, which {there.result} tells of, is gone or damaged: it is trained anew")
+        _begin(keeper, setup, recipe)
         with closing(_scalars(there, setup)) as scalars:
             try:
                 network, costs = _trained(recipe, setup, teacher, keeper, shorter, scalars)
@@ -256,9 +290,10 @@ def _of_test(figures: engine.Figures) -> engine.Figures:
     return {name if name == "test_loss" else f"test_{name}": figures[name] for name in ("top1", "top5", "test_loss")}
 
 
-def _begin(keeper: Keeper, mode: str, recipe: Recipe) -> None:
+def _begin(keeper: Keeper, setup: Setup, recipe: Recipe) -> None:
     """Go on from the run's state, of this run or, which is the same where nothing depends on them, of fewer epochs."""
-    keeper.begin(mode, may_differ=() if _scheduled(recipe) else ("recipe.epochs",))
+    epochs = () if _scheduled(recipe) else ("recipe.epochs",)
+    keeper.begin(setup.mode, may_differ=(*epochs, *_unknowable(recipe, setup)))
     if keeper.state and (there := keeper.state["identity"]["recipe"]["epochs"]) > recipe.epochs:
         found = f"recipe.epochs: {there} there, {recipe.epochs} now"
         raise UserError(f"{keeper.path} comes from other settings ({found}); give the same, or --overwrite")
@@ -432,7 +467,8 @@ def _fresh(recipe: Recipe, setup: Setup, keeper: Keeper, shorter: Result | None)
     network = models.build(recipe.built, setup.dataset.num_classes, stem_of(recipe, setup))
     if shorter and not keeper.state:
         path = paths(recipe, setup).checkpoint
-        say(f"{recipe.job}: training on from the {len(shorter.epochs)} epochs of {path}, with a fresh optimizer")
+        anew = "a fresh optimizer" + " and what the loss learns begun anew" * bool(shorter.extra_parameters)
+        say(f"{recipe.job}: training on from the {len(shorter.epochs)} epochs of {path}, with {anew}")
         checkpoint.load(network, recipe.built, path, ADVICE)
     elif start_of(recipe, setup) and not keeper.state:
         with processes.first_on_its_machine():
@@ -585,13 +621,14 @@ def load(
     if about and recipe.arch and models.canonical(about["network"]) != models.canonical(recipe.arch):
         raise UserError(f"{path} holds a {about['network']}, not the {recipe.arch} needed here")
     holds = checkpoint.describe(state)
-    stem = holds.stem or (about and about["stem"]) or models.stem_of(recipe.built, stem, image_size or 32)
+    told = holds.stem or (about and about["stem"])
+    stem = told or models.stem_of(recipe.built, stem, image_size or 32)
     classes = len(about["classes"]) if about else checkpoint.classes_in(state, recipe.built, stem)
     if classes is None:
         raise UserError(f"{path} holds a {holds.title}, and says nothing of its classes")
     network = models.build(recipe.built, classes, stem)
     checkpoint.load(network, recipe.built, path, hint)
-    return Trained(network, about)
+    return Trained(network, about, stem=None if told or not models.has_both_stems(recipe.built) else stem)
 
 
 def _how_to_make(recipe: Recipe, path: Path, dataset: str) -> str:
@@ -663,6 +700,7 @@ def make_teacher(trained: Trained, path: Path, setup: Setup, cache: bool, rows: 
         shown=(dataset.mean, dataset.std),
         normalisation=trained.normalisation,
         given=trained.given,
+        stem=trained.stem,
     )
 
 

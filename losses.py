@@ -645,8 +645,9 @@ def settings_of(recipe: Recipe) -> dict[str, float]:
         )
     for name, value in recipe.settings.items():
         if name not in known:
+            what = " and ".join(terms_of(recipe)) or recipe.job
             has = f"it has {', '.join(known)}" if known else "it has no settings"
-            raise UserError(f"--{name}: {recipe.job} has no {name}, {has}; leave the flag away")
+            raise UserError(f"--{name}: {what} has no {name}, {has}; leave the flag away")
         try:
             known[name].bound.parse(value)
         except ValueError as error:

@@ -155,6 +155,11 @@ def stem_of(arch: str, stem: str, image_size: int) -> str:
     return "small" if image_size <= SMALL_IMAGES and has_small else "standard"
 
 
+def has_both_stems(arch: str) -> bool:
+    """Whether the images' size tells the network's stem, as it has one for small images and one for large ones."""
+    return stem_of(arch, "auto", SMALL_IMAGES) != stem_of(arch, "auto", SMALL_IMAGES + 1)
+
+
 def library_name(arch: str) -> str | None:
     """torchvision's own name of the network, None where it has none of that kind."""
     name = {"teacher": "resnet50", "student": "resnet18", "feature_student": "resnet18"}.get(arch, arch)

@@ -7,7 +7,7 @@
 
 What is finished is skipped: run it again to go on where it stopped. Writes checkpoints, one JSON a run into
 <results_dir>, and RESULTS.md, results.csv, top1.png and curves.png beside them; of a suite SUITE.md, a plot of accuracy
-against cost and, where a loss has several schedules, a map of losses by schedules. The teacher is trained once, with
+against cost or, where a loss has several schedules, a map of losses by schedules. The teacher is trained once, with
 seed 0, unless one is given, and all students of all seeds are distilled from it.
 """
 
@@ -22,13 +22,14 @@ import report
 import suites
 from jobs import Setup
 from recipes import EPOCHS, RECIPES, Recipe, under
-from report.results import Result
+from report.results import NAMES, Result
 from suites import SUITES, Suite
 from teacher import Teacher
 from util import runtime
 from util.bounds import COUNT, POSITIVE
 from util.runtime import Diverged, Unsuited, UserError, say
 
+ADVICE = "give other --checkpoint_dir and --results_dir, or move that run away"
 FULL_EPOCHS, FULL_STEP = RECIPES["student"].epochs, RECIPES["student"].scheduler_step
 
 
@@ -45,16 +46,23 @@ def main() -> None:
     chosen = runtime.choose(args.device, args.precision)
     dataset = cli.load_data(args, chosen)
     setup = cli.setup(args, dataset, chosen, weights=args.weights, mode="resume")
+    before, done = stamps(setup), False
     try:
         if trained_here:
             run_once(trained_here, replace(setup, augment=args.teacher_augment), None)
         # Before the student's row, so that a teacher that can't be loaded is told of before hours of training.
         loaded = load_teacher(teacher, path, setup, args, distilled) if distilled else None
         run_rows([row for row in rows if suits(row, setup, args, loaded)], setup, args, loaded)
+        done = True
     finally:
-        if chosen.processes.main:
+        if chosen.processes.main and (done or stamps(setup) != before):
             for path in report.try_write(setup.results_dir):
                 say(f"wrote {path}")
+
+
+def stamps(setup: Setup) -> dict[Path, int]:
+    """When each result in the folder was written: others where a run has ended since."""
+    return {path: path.stat().st_mtime_ns for path in setup.results_dir.glob(NAMES)}
 
 
 def parse() -> argparse.Namespace:
@@ -105,10 +113,22 @@ def parse() -> argparse.Namespace:
             parser.error(f"--jobs: there is no {job}; there are {', '.join(known)}")
     if args.teacher and "teacher" in (args.jobs or []):
         parser.error("--teacher and --jobs teacher: it is there, or it is trained here; give one of the two")
+    if args.teacher:
+        refuse_teachers_training(args, parser)
     if args.suite:
         settle(args, SUITES[args.suite], parser)
     args.training = args.training or "reference"
     return args
+
+
+def refuse_teachers_training(args: argparse.Namespace, parser: cli.Parser) -> None:
+    """Refuse flags of the teacher's training where the teacher is given, and a file that is not there."""
+    given = {"teacher_epochs": args.teacher_epochs, "teacher_augment": args.teacher_augment}
+    given["weights"] = args.weights != "auto"
+    for name in filter(given.get, given):
+        parser.error(f"--{name}: with --teacher no teacher is trained; leave the flag away")
+    if not args.teacher.is_file():
+        parser.error(f"--teacher: there is no file {args.teacher}; give another one")
 
 
 def settle(args: argparse.Namespace, suite: Suite, parser: cli.Parser) -> None:
@@ -255,9 +275,9 @@ def finished(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> Result | 
     if there.state.exists():
         return None
     try:
-        done = jobs.finished(recipe, setup, teacher)
+        done = jobs.finished(recipe, setup, teacher, ADVICE)
         if done and done.warm_start:
-            raise UserError(f"{there.result} is no run of its row: it has a warm_start from another; {jobs.ADVICE}")
+            raise UserError(f"{there.result} is no run of its row: it has a warm_start from another; {ADVICE}")
         return done
     except UserError as error:
         if recipe.network != "teacher" or recipe.suite:

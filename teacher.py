@@ -50,27 +50,31 @@ class Teacher:
         shown: Normalisation | None = None,
         normalisation: Normalisation | None = None,
         given: Normalisation | None = None,
+        stem: str | None = None,
     ):
         """sha256: of the checkpoint. top1: its accuracy, in percent. cache_dir: None never remembers outputs.
 
         needs: what all rows to come will ask for, so that the one pass had better keep it from the start.
         shown: how the images of the batches are normalised; normalisation: how the teacher wants them, where it
-        differs. given: it, where it is the user's and not the checkpoint's word.
+        differs. given: it, where it is the user's and not the checkpoint's word. stem: of the network, likewise.
 
         classifier: what its outputs tell of its final layers, whatever the batch.
         """
+        # The same weights can fit networks that differ in their stem's strides alone.
+        self.built = f"{type(network).__qualname__} {network}"
         self.network = self.forward = folded(network).to(runtime.device)
         self.classifier = {"head": self.network.classify, "prototypes": models.prototypes(self.network)}
         self.runtime, self.sha256, self.top1, self.cache_dir = runtime, sha256, top1, cache_dir
-        self.needs, self.given = frozenset(needs), given
+        self.needs, self.given, self.stem = frozenset(needs), given, stem
         self.rescale = None if normalisation in (None, shown) else _rescaling(shown, normalisation, runtime.device)
         self.caches: dict[str, TeacherCache] = {}  # for each set of images, by its fingerprint
         self.views: dict[str, Views] = {}
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What makes two teachers the same: the file, and how its images are normalised where the user says it."""
-        return {"sha256": self.sha256, "normalisation": self.given and [list(values) for values in self.given]}
+        """What makes two teachers the same: the file, and where the user says them its normalisation and its stem."""
+        told = {"sha256": self.sha256, "normalisation": self.given and [list(values) for values in self.given]}
+        return told | ({"stem": self.stem} if self.stem else {})
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Outputs:
@@ -82,8 +86,15 @@ class Teacher:
             return self.forward(images)._replace(**self.classifier, index=batch.index)
 
     def cache_key(self, batches: Batches) -> str:
-        """Differs where the teacher's weights, the images, their normalisation or the arithmetic do."""
-        parts = [CACHE_FORMAT, self.sha256, self.runtime.device.type, self.runtime.precision, batches.fingerprint()]
+        """Differs where the teacher's weights or layers, the images, their normalisation or the arithmetic do."""
+        parts = [
+            CACHE_FORMAT,
+            self.sha256,
+            self.built,
+            self.runtime.device.type,
+            self.runtime.precision,
+            batches.fingerprint(),
+        ]
         parts += [scale.flatten().tolist() for scale in self.rescale or ()]
         return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:32]
 

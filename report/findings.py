@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from recipes import RECIPES
-from report.results import Rows
+from report.results import SETUP, Rows, other_teachers
 from report.statistics import LEVEL, Comparison, fewest_images, gains_on_student, noise, students_against
 
 FEW_IMAGES = 1000  # with fewer test images, a difference that a paper would report is a handful of them
@@ -18,17 +18,30 @@ class Claim(NamedTuple):
 
 
 def findings(rows: Rows) -> list[str]:
-    """The best student row, its gain and what is beyond noise; where there are few test images, what they can show."""
-    students = [name for name in rows if not rows.is_teacher(name)]
-    if not students:
+    """The best student row, its gain and what is beyond noise; where there are few test images, what they can show.
+
+    Students of several networks or trainings are told of apart.
+    """
+    if not rows.students:
         return ["Only the teacher ran: there is nothing to compare it with."]
-    best, gains = max(students, key=rows.top1), gains_on_student(rows)
-    facts = [f"Best of the students that ran ({len(students)}) by mean top-1: {best}, {rows.top1(best):.2f} %."]
-    if "student" not in rows:
+    gains, kinds = gains_on_student(rows), rows.kinds
+    if len(kinds) == 1:
+        (facts,) = (_best_facts(rows, kind, gains, "that ran") for kind in kinds)
+    else:
+        facts = [" ".join(_best_facts(rows, kind, gains, f"of {', '.join(kind)}")) for kind in kinds]
+    return facts + _beyond_facts(gains) + _few_images_facts(rows, gains)
+
+
+def _best_facts(rows: Rows, kind: tuple[str, str], gains: dict[str, Comparison], which: str) -> list[str]:
+    """The best of the students of one network and training, and its gain. which: the words for them."""
+    students, alone = rows.kinds[kind], rows.student_of(kind)
+    best = max(students, key=rows.top1)
+    facts = [f"Best of the students {which} ({len(students)}) by mean top-1: {best}, {rows.top1(best):.2f} %."]
+    if alone is None:
         facts.append("The student on hard labels alone did not run, so there is no gain to tell.")
-    elif students == ["student"]:
+    elif students == [alone]:
         facts.append("No distilled row ran, so there is no gain to tell.")
-    elif best == "student":
+    elif best == alone:
         facts.append("No distilled row is above the student on hard labels alone.")
     elif best not in gains:
         facts.append("It has no seed in common with the student, so there is no gain to tell.")
@@ -36,7 +49,7 @@ def findings(rows: Rows) -> list[str]:
         facts += _gain_facts(gains[best], rows)
         if len(students) > 2:
             facts.append("It is the best of several on the same test images, which flatters its gain a little.")
-    return facts + _beyond_facts(gains) + _few_images_facts(rows, gains)
+    return facts
 
 
 def _gain_facts(found: Comparison, rows: Rows) -> list[str]:
@@ -125,14 +138,14 @@ def _above(rows: Rows, text: str, baseline: str, names: list[str]) -> Claim:
     found = _compared(rows, baseline, names)
     signs = [_sign(comparison) for comparison in found.values()]
     verdict = "no" if -1 in signs else "yes" if signs.count(1) == len(names) else "not settled"
-    return Claim(text, verdict, _evidence(found, baseline, names))
+    return Claim(text, verdict, _evidence(rows, found, baseline, names))
 
 
 def _best(rows: Rows, text: str, best: str, rivals: list[str]) -> Claim:
     found = _compared(rows, best, rivals)
     signs = [_sign(comparison) for comparison in found.values()]
     verdict = "no" if 1 in signs else "yes" if signs.count(-1) == len(rivals) else "not settled"
-    return Claim(text, verdict, _evidence(found, best, rivals))
+    return Claim(text, verdict, _evidence(rows, found, best, rivals))
 
 
 def _within(rows: Rows, text: str, baseline: str, names: list[str]) -> Claim:
@@ -141,7 +154,7 @@ def _within(rows: Rows, text: str, baseline: str, names: list[str]) -> Claim:
     inside = [c.over_seeds and max(map(abs, c.interval)) <= limit for c in found.values()]
     different = any(_sign(comparison) for comparison in found.values())
     verdict = "no" if different else "yes" if inside.count(True) == len(names) else "not settled"
-    evidence = _evidence(found, baseline, names)
+    evidence = _evidence(rows, found, baseline, names)
     return Claim(text, verdict, [f"two runs differ by chance by up to about {limit:.2f} points", *evidence])
 
 
@@ -149,11 +162,24 @@ def _compared(rows: Rows, baseline: str, names: list[str]) -> dict[str, Comparis
     """The rows that ran against the baseline; against the student corrected as in the table, over all that it has."""
     if baseline not in rows:
         return {}
-    if baseline == "student":
-        found = gains_on_student(rows)
-    else:
-        found = students_against(rows, baseline, filter(rows.get, names))
+    names = [name for name in names if name in rows and not _unlike(rows, name, baseline)]
+    found = gains_on_student(rows) if baseline == "student" else students_against(rows, baseline, names)
     return {name: found[name] for name in names if name in found}
+
+
+def _unlike(rows: Rows, name: str, other: str) -> list[str]:
+    """What two rows of the reference were trained with that is not the same, or, of epochs, not in proportion."""
+    ours, theirs = rows[name], rows[other]
+    runs = [*ours.values(), *theirs.values()]
+    alike = SETUP | {
+        "learning rate": lambda run: run.recipe["learning_rate"],
+        "batches": lambda run: run.recipe["batch_size"],
+    }
+    found = [what for what, told in alike.items() if len({*map(told, runs)}) > 1]
+    shares = [run.recipe["epochs"] / RECIPES[run.job].epochs for run in runs]
+    rounding = sum(0.5 / RECIPES[row].epochs for row in (name, other))
+    found += ["epochs"] * (max(shares) - min(shares) > rounding + 1e-9)
+    return found + ["teacher"] * other_teachers(ours, theirs)
 
 
 def _sign(found: Comparison) -> int:
@@ -161,7 +187,7 @@ def _sign(found: Comparison) -> int:
     return 0 if not (found.beyond_noise and found.over_seeds) else 1 if found.gain > 0 else -1
 
 
-def _evidence(found: dict[str, Comparison], baseline: str, names: list[str]) -> list[str]:
+def _evidence(rows: Rows, found: dict[str, Comparison], baseline: str, names: list[str]) -> list[str]:
     lines = []
     for name, comparison in found.items():
         seeds = len(comparison.gains)
@@ -171,6 +197,11 @@ def _evidence(found: dict[str, Comparison], baseline: str, names: list[str]) -> 
         words.append("beyond noise" if comparison.beyond_noise else "not beyond noise")
         lines.append(f"{name} against {baseline}: {', '.join(words)}")
     missing = [name for name in names if name not in found]
+    ways = {name: _unlike(rows, name, baseline) for name in missing if name in rows and baseline in rows}
+    if unlike := {name: way for name, way in ways.items() if way}:
+        told = ", ".join(f"{name} ({', '.join(way)})" for name, way in unlike.items())
+        lines.append(f"not trained as {baseline} was, so not compared with it: {told}")
+        missing = [name for name in missing if name not in unlike]
     return lines + [f"no run to compare with {baseline}: {', '.join(missing)}"] * bool(missing)
 
 

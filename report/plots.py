@@ -117,15 +117,25 @@ def _draw_far(axes, value: float, y: int, shown: Interval, colour: tuple) -> Non
 
 def _draw_baselines(axes, rows: Rows, shown: Interval, looks: dict[str, Look]) -> None:
     """The teacher and the student as lines, named above the axes, each on the side away from the other."""
-    lines = {name: rows.top1(name) for name in ("teacher", "student") if name in rows}
-    lines = {name: value for name, value in lines.items() if shown[0] <= value <= shown[1]}
-    for name, value in lines.items():
+    drawn = _baselines(rows)
+    lines = {label: rows.top1(name) for label, name in drawn.items() if shown[0] <= rows.top1(name) <= shown[1]}
+    for label, value in lines.items():
         leftmost = value == min(lines.values()) and len(lines) > 1
         rightmost = len(lines) > 1 and not leftmost
         side = "right" if leftmost else "left" if rightmost else "center"
-        axes.axvline(value, color=looks[name].colour, linestyle="--", linewidth=1.2, zorder=1)
-        where = axes.get_xaxis_transform()
-        axes.text(value, 1.01, name, transform=where, ha=side, va="bottom", color=looks[name].colour)
+        colour, where = looks[drawn[label]].colour, axes.get_xaxis_transform()
+        axes.axvline(value, color=colour, linestyle="--", linewidth=1.2, zorder=1)
+        axes.text(value, 1.01, label, transform=where, ha=side, va="bottom", color=colour)
+
+
+def _baselines(rows: Rows) -> dict[str, str]:
+    """The rows "teacher" and "student" or, where there is one teacher or one student alone by another name, that."""
+    candidates = {
+        "teacher": [name for name in rows if rows.is_teacher(name)],
+        "student": [*filter(None, map(rows.student_of, rows.kinds))],
+    }
+    chosen = {label: label if label in names else names[0] for label, names in candidates.items() if names}
+    return {label: name for label, name in chosen.items() if name == label or len(candidates[label]) == 1}
 
 
 def _top1_legend(rows: Rows, shown: Interval) -> list:
@@ -160,7 +170,7 @@ def _shown_range(rows: Rows) -> Interval:
     more than six tenths. An interval may widen it at most to three times what means and seeds take: one of two seeds
     can be longer than all that the plot is to show.
     """
-    students = [name for name in rows if not rows.is_teacher(name)] or list(rows)
+    students = rows.students or list(rows)
     middle = statistics.median(rows.top1(name) for name in students)
     distance = {name: abs(rows.top1(name) - middle) for name in rows}
     reach = max(noise(rows), 3 * statistics.median(distance[name] for name in students))
@@ -247,7 +257,7 @@ def _mean_curve(runs: Iterable[Result], name: str) -> list[float]:
 
 def _drops(rows: Rows) -> list[float]:
     """Where the students' learning rate drops, halfway between two epochs; the teacher's own drops if it is alone."""
-    students = [name for name in rows if not rows.is_teacher(name)] or list(rows)
+    students = rows.students or list(rows)
     found = set()
     for run in (run for name in students for run in rows[name].values()):
         rates = [epoch.get("learning_rate") for epoch in run.epochs]
@@ -349,7 +359,7 @@ def _gains_on_constant(suite: Suite) -> tuple[dict[str, float], set[str]]:
         names = suite.of_loss(loss)
         constant = next((name for name in names if not isinstance(suite.alpha(name), str)), None)
         if constant:
-            found = against(suite, constant, [name for name in names if name != constant])
+            found = against(suite, constant, suite.alike((name for name in names if name != constant), constant))
             gains |= {constant: 0.0, **{name: comparison.gain for name, comparison in found.items()}}
             beyond |= {name for name, comparison in found.items() if comparison.beyond_noise}
     return gains, beyond

@@ -4,8 +4,9 @@ import base64
 import csv
 import io
 import json
+import re
 import statistics
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -212,6 +213,35 @@ class Rows(dict[str, dict[int, Result]]):
         """Whether the row's network is the teacher's."""
         return self.first(name).recipe["network"] == "teacher"
 
+    @property
+    def students(self) -> list[str]:
+        """The rows but the teachers'."""
+        return [name for name in self if not self.is_teacher(name)]
+
+    def kind(self, name: str) -> tuple[str, str]:
+        """The network and the training of a student's row."""
+        run = self.first(name)
+        return self.network(run), run.recipe.get("training", "reference")
+
+    @staticmethod
+    def network(run: Result) -> str:
+        """The network of a student's run."""
+        # simkd's students are named with their teachers after a +.
+        return (run.recipe.get("arch") or "resnet18").split("+")[0]
+
+    def student_of(self, kind: tuple[str, str]) -> str | None:
+        """The row of the student of this kind on hard labels alone, under its job's own name; None where it is not."""
+        of_kind = (name for name in self.students if self.kind(name) == kind)
+        return next((name for name in of_kind if _is_plain(self.first(name))), None)
+
+    @property
+    def kinds(self) -> dict[tuple[str, str], list[str]]:
+        """The students' rows by their kinds."""
+        found: dict[tuple[str, str], list[str]] = {}
+        for name in self.students:
+            found.setdefault(self.kind(name), []).append(name)
+        return found
+
     def of_no_suite(self) -> "Rows":
         """The rows that belong to the folder's own table."""
         return Rows({name: seeds for name, seeds in self.items() if not self.first(name).suite})
@@ -225,6 +255,28 @@ class Rows(dict[str, dict[int, Result]]):
     def are_a_check(self) -> bool:
         """Whether these runs check the pipeline and show nothing else."""
         return self.any_run.dataset == "digits"
+
+
+def _is_plain(run: Result) -> bool:
+    recipe = run.recipe
+    return run.name == run.job and not (recipe["soft"] or recipe["beta"] or recipe["gamma"])
+
+
+# What a run was trained with besides its recipe and its teacher. Runs that differ in it differ by more than their rows.
+SETUP: dict[str, Callable[[Result], Any]] = {
+    "training images": lambda run: run.data["train_images"],
+    "augmentation": lambda run: run.augment,
+    "precision": lambda run: run.precision,
+    "batch norm": lambda run: run.batch_norm,
+    "stem": lambda run: run.stem,
+    "initial weights": lambda run: run.weights,
+}
+
+
+def other_teachers(ours: dict[int, Result], theirs: dict[int, Result]) -> bool:
+    """Whether two rows, by seed, learnt from different teachers in a seed that both have; from none is no other one."""
+    pairs = [(ours[seed].teacher, theirs[seed].teacher) for seed in ours.keys() & theirs.keys()]
+    return any(None not in pair and pair[0] != pair[1] for pair in pairs)
 
 
 def read(results_dir: Path) -> Rows:
@@ -268,11 +320,21 @@ def _check_name(path: Path, run: Result) -> None:
 def _check_same_data(runs: dict[Path, Result]) -> None:
     first, *others = runs
     for path in others:
-        if describe_data(runs[path]) != describe_data(runs[first]):
+        if difference := _other_data(runs[first], runs[path]):
             raise UserError(
-                f"{first} and {path} are of different data ({describe_data(runs[first])}; "
-                f"{describe_data(runs[path])}); a table must not mix them: keep each in a folder of its own"
+                f"{first} and {path} are of different data ({difference}); a table must not mix them: keep each in a "
+                "folder of its own"
             )
+
+
+def _other_data(one: Result, other: Result) -> str:
+    """In what two runs' data differ, in words: in number, or, where both tell them, in the images; "" in nothing."""
+    if describe_data(one) != describe_data(other):
+        return f"{describe_data(one)}; {describe_data(other)}"
+    told = {name: (one.data.get(name), other.data.get(name)) for name in ("fingerprint", "test_fingerprint")}
+    differ = [name for name, pair in told.items() if None not in pair and pair[0] != pair[1]]
+    where = {"fingerprint": "training", "test_fingerprint": "test"}[differ[-1]] if differ else ""
+    return f"as many, but other {where} images or labels" if differ else ""
 
 
 def describe_data(run: Result) -> str:
@@ -339,6 +401,7 @@ def _impossible(values: dict[str, Any]) -> str:
     """The name of the first figure of a result, otherwise whole, that can't be; "" where all can."""
     data, test = values["data"], values["test"]
     bad = [name for name in ("train_images", "test_images", "classes", "image_size") if data[name] < 1]
+    bad += ["suite"] * (not re.fullmatch(r"[\w.]*", values.get("suite", "")))  # of which a file's name is made
     bad += [name for name in ("top1", "top5") if not 0 <= test[name] <= 100]
     if not bad and "correct" in test:
         try:

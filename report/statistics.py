@@ -65,8 +65,7 @@ def against(rows: Rows, baseline: str, names: Iterable[str]) -> dict[str, Compar
 
 def students_against(rows: Rows, baseline: str, names: Iterable[str]) -> dict[str, Comparison]:
     """The same, how far seeds lie from each other being taken from all students' rows."""
-    spread = in_blocks([rows[name] for name in rows if not rows.is_teacher(name)])
-    return _against(rows, baseline, names, spread)
+    return _against(rows, baseline, names, in_blocks([rows[name] for name in rows.students]))
 
 
 def _against(rows: Rows, baseline: str, names: Iterable[str], spread: Spread | None) -> dict[str, Comparison]:
@@ -78,10 +77,13 @@ def _against(rows: Rows, baseline: str, names: Iterable[str], spread: Spread | N
 
 
 def gains_on_student(rows: Rows) -> dict[str, Comparison]:
-    """Every row but the teacher's against the student on hard labels alone; empty where that did not run."""
-    if "student" not in rows:
-        return {}
-    return students_against(rows, "student", [n for n in rows if n != "student" and not rows.is_teacher(n)])
+    """Every student's row against that of the same network and training on hard labels alone, where that ran."""
+    found = {}
+    for kind, names in rows.kinds.items():
+        if alone := rows.student_of(kind):
+            of_kind = Rows({name: rows[name] for name in names})
+            found |= students_against(of_kind, alone, [name for name in names if name != alone])
+    return found
 
 
 def compare(ours: dict[int, Result], theirs: dict[int, Result], spread: Spread | None) -> Comparison:
@@ -237,7 +239,7 @@ def own_intervals(rows: Rows) -> dict[str, Interval]:
     How far seeds lie from each other is taken from all students' rows together, see `within_rows`: as if a seed moved
     each row on its own, and as far in each.
     """
-    students, found = within_rows(rows[name] for name in rows if not rows.is_teacher(name)), {}
+    students, found = within_rows(rows[name] for name in rows.students), {}
     for name, runs in rows.items():
         seeds, top1 = len(runs), rows.top1(name)
         if seeds > 1:

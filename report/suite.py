@@ -2,16 +2,19 @@
 
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from recipes import RECIPES, described, under
 from report.findings import p_value
-from report.results import Claimed, Result, Rows, describe_data
+from report.results import SETUP, Claimed, Result, Rows, describe_data, other_teachers
 from report.statistics import Comparison, against, binomial_error
 from report.table import gain_cell, interval_notes, lines_as_table, spread
 
 # What a result's recipe tells besides the settings of its loss.
 NO_SETTINGS = {*described(RECIPES["student"]), *described(under(RECIPES["student"], "benchmark"))}
+# And of that what is of the loss and the networks.
+OF_THE_LOSS = {"job", "checkpoint", "network", "arch", "soft", "alpha", "weight", "beta", "gamma"}
 
 
 class Suite(Rows):
@@ -21,11 +24,6 @@ class Suite(Rows):
     def name(self) -> str:
         """By which the results tell it."""
         return self.any_run.suite
-
-    @property
-    def students(self) -> list[str]:
-        """The rows but the teacher's."""
-        return [name for name in self if not self.is_teacher(name)]
 
     @property
     def alone(self) -> str | None:
@@ -79,6 +77,22 @@ class Suite(Rows):
         """
         return statistics.mean(map(_step_ms, self[name].values()))
 
+    def otherwise(self, name: str, other: str) -> list[str]:
+        """What but for the loss the two rows were trained with that is not the same, or not in all seeds, in words."""
+        ours, theirs = self[name], self[other]
+        runs = [*ours.values(), *theirs.values()]
+        found = [what for what, told in TRAINED_WITH.items() if len({*map(told, runs)}) > 1]
+        return found + ["teacher"] * other_teachers(ours, theirs) + ["seeds"] * (not ours.keys() & theirs.keys())
+
+    def alike(self, names: Iterable[str], other: str) -> list[str]:
+        """Those of the rows that can be compared with that one."""
+        return [name for name in names if not self.otherwise(name, other)]
+
+    @property
+    def mixed(self) -> list[str]:
+        """The rows whose own seeds were not trained alike."""
+        return [name for name in self if self.otherwise(name, name)]
+
     def noise(self, name: str) -> float:
         """Of the row's top-1, in points: its standard deviation over seeds; of one run its error over test images."""
         values = [run.test["top1"] for run in self[name].values()]
@@ -91,6 +105,20 @@ def _step_ms(run: Result) -> float:
     steps = math.ceil(run.data["train_images"] / run.recipe["batch_size"])
     seconds = [epoch["seconds"] for epoch in run.epochs if "seconds" in epoch] or [run.seconds / len(run.epochs)]
     return 1000 * statistics.median(seconds) / steps
+
+
+def _training(run: Result) -> str:
+    recipe = run.recipe
+    way = f"{recipe.get('training', 'reference')}, {recipe['epochs']} epochs, batches of {recipe['batch_size']}"
+    return f"{way}, learning rate {recipe['learning_rate']:g}" + ", random crop and flip" * run.augment
+
+
+# What rows must have in common to be compared, besides their seeds and, where both have one, the teacher.
+TRAINED_WITH: dict[str, Callable[[Result], Any]] = {
+    "training": lambda run: str([run.recipe.get(name) for name in sorted(NO_SETTINGS - OF_THE_LOSS)]),
+    "network": Rows.network,
+    **SETUP,
+}
 
 
 def suites_of(rows: Rows) -> list[Suite]:
@@ -137,12 +165,6 @@ def _heading(suite: Suite) -> str:
     return "\n".join(lines) + "\n\nMade by:\n\n" + "\n".join(commands)
 
 
-def _training(run: Result) -> str:
-    recipe = run.recipe
-    way = f"{recipe.get('training', 'reference')}, {recipe['epochs']} epochs, batches of {recipe['batch_size']}"
-    return f"{way}, learning rate {recipe['learning_rate']:g}" + ", random crop and flip" * run.augment
-
-
 def _table(suite: Suite) -> str:
     to_alone, to_kd = _compared(suite, suite.alone), _compared(suite, suite.kd)
     lines = [_cells(suite, name, to_alone.get(name), to_kd.get(name)) for name in suite]
@@ -152,13 +174,7 @@ def _table(suite: Suite) -> str:
 def _compared(suite: Suite, baseline: str | None) -> dict[str, Comparison]:
     """Each student's row against that one; without those that were trained otherwise, and the student alone."""
     names = [name for name in suite.students if name not in (baseline, suite.alone)]
-    return against(suite, baseline, [n for n in names if _alike(suite, n, baseline)]) if baseline else {}
-
-
-def _alike(suite: Suite, name: str, other: str) -> bool:
-    """Whether the two rows were trained alike, but for the loss."""
-    ours, theirs = ({_training(run) for run in suite[row].values()} for row in (name, other))
-    return ours == theirs
+    return against(suite, baseline, suite.alike(names, baseline)) if baseline else {}
 
 
 def _cells(suite: Suite, name: str, to_alone: Comparison | None, to_kd: Comparison | None) -> dict[str, str]:
@@ -171,7 +187,7 @@ def _cells(suite: Suite, name: str, to_alone: Comparison | None, to_kd: Comparis
         "top-1": spread([run.test["top1"] for run in runs], ".2f"),
         "seeds": str(len(runs)),
         "epochs": _epochs(suite, name),
-        "to the claim": f"{suite.top1(name) - claimed['top1']:+.2f}" if claimed else "",
+        "to the claim": f"{suite.top1(name) - claimed['top1']:+.2f}" if claimed and name not in suite.mixed else "",
         "to the student alone": _difference(to_alone, len(runs)),
         "to kd": _difference(to_kd, len(runs)),
         "ms a step": f"{suite.step_ms(name):.1f}" if student else "",
@@ -227,10 +243,15 @@ def _notes(suite: Suite) -> list[str]:
             f"**Trained for fewer epochs than what is claimed: {', '.join(shorter)}.** That costs accuracy, and not "
             "each loss the same; such figures do not test the claim."
         )
-    baselines = {"the student alone": suite.alone, "kd": suite.kd}
+    if suite.mixed:
+        mixed = ", ".join(map(suite.label, suite.mixed))
+        notes.append(f"**Not trained alike in all of its own seeds: {mixed}.** The mean over these tells nothing.")
+    kd = "kd with a constant alpha" if suite.of_loss("kd") and not suite.kd else "kd"
+    baselines = {"the student alone": suite.alone, kd: suite.kd}
     notes += [f"Nothing is compared with {words}, which did not run." for words, row in baselines.items() if not row]
     for words, row in baselines.items():
-        if others := [suite.label(name) for name in suite.students if row and not _alike(suite, name, row)]:
+        ways = {name: suite.otherwise(name, row) for name in suite.students if row}
+        if others := [f"{suite.label(name)} ({', '.join(way)})" for name, way in ways.items() if way]:
             notes.append(f"Not compared with {words}, as they were trained otherwise: {', '.join(others)}.")
     return [
         *notes,

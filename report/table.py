@@ -7,7 +7,7 @@ from typing import Any
 
 from recipes import RECIPES, described
 from report.findings import claims_section, findings, p_value
-from report.results import Result, Rows, as_csv, describe_data
+from report.results import SETUP, Result, Rows, as_csv, describe_data
 from report.statistics import Comparison, gains_on_student, noise, standard_error
 
 # Title, the figure of a run, and its format.
@@ -23,6 +23,11 @@ HELD_OUT: list[tuple[str, Callable[[Result], float | None], str]] = [
     ("val loss", lambda run: run.epochs[-1].get("val_loss"), ".4f"),
     ("val top-1", lambda run: run.epochs[-1].get("val_top1"), ".2f"),
 ]
+# What all students should have in common, besides what the other notes tell of; None: nothing to compare.
+ALIKE: dict[str, Callable[[Result], Any]] = {
+    "teacher": lambda run: run.teacher and f"the one of {run.teacher_top1:.2f} % ({run.teacher['sha256'][:8]})",
+    **{what: SETUP[what] for what in ("precision", "batch norm", "stem")},
+}
 OVER_SEEDS = (
     "[ ]: the 95 % interval of the gain over seeds, which other test images could move further: Student's t, seed by "
     "seed. How far chance moves a run is taken from all rows compared together (randomised blocks), also for a row of "
@@ -127,8 +132,10 @@ def _notes(rows: Rows) -> list[str]:
     """What one must know to read the table."""
     n = rows.any_run.data["test_images"]
     batches = math.ceil(n / 256)
+    whose = " of the same network and training" * (len(rows.kinds) > 1)
     notes = [
-        "top-1 and top-5 are percentages of the test images; gain: over the student, in points of top-1, seed by seed.",
+        f"top-1 and top-5 are percentages of the test images; gain: over the student{whose}, in points of top-1, seed "
+        "by seed.",
         "Test Loss is the sum over batches of 256 test images of each batch's mean CE, divided by the number of test "
         f"images: about mean CE / 256 on a large test set; here {batches} batches for {n:,} images, so about mean CE / "
         f"{n / batches:.0f}.",
@@ -140,7 +147,7 @@ def _notes(rows: Rows) -> list[str]:
         notes.append("±: the sample standard deviation (n - 1) over the seeds.")
     if not rows.are_a_check:
         notes.append("Which rows' original code is known, and which follow from a line of text, is told in README.")
-    return notes + _gain_notes(rows) + _held_out_notes(rows) + _departure_notes(rows)
+    return notes + _gain_notes(rows) + _held_out_notes(rows) + _unlike_notes(rows) + _departure_notes(rows)
 
 
 def _gain_notes(rows: Rows) -> list[str]:
@@ -149,11 +156,12 @@ def _gain_notes(rows: Rows) -> list[str]:
     notes = interval_notes(gains.values())
     told = [name for name, found in gains.items() if found.adjusted is not None]
     if told:
+        compared = f"the {len(told)} rows compared" if len(rows.kinds) == 1 else "the rows compared with one student"
         notes.append(
             "McNemar p: of the exact test against the student of the same seed. Beyond noise: yes where the row's p is "
-            "under 0.05 after Holm's correction over the "
-            f"{len(told)} rows compared; that p is McNemar's (over several seeds an image counts for the row that gets "
-            "it right in more of them) or, if larger, that of the t test over seeds, where any row has several."
+            f"under 0.05 after Holm's correction over {compared}; that p is McNemar's (over several seeds an image "
+            "counts for the row that gets it right in more of them) or, if larger, that of the t test over seeds, "
+            "where any row has several."
         )
     untold = [name for name in gains if name not in told]
     if untold:
@@ -194,6 +202,21 @@ def _held_out_notes(rows: Rows) -> list[str]:
     return [*notes, "val loss (mean CE) and val top-1: of the held-out images after the last epoch."]
 
 
+def _unlike_notes(rows: Rows) -> list[str]:
+    """One note for each thing, none of its recipe, that not all students were trained with alike: which had what."""
+    notes = []
+    for what, told in ALIKE.items():
+        by_value: dict[str, list[str]] = {}
+        for name in rows.students:
+            for value in dict.fromkeys(told(run) for run in rows[name].values()):
+                if value is not None:
+                    by_value.setdefault(value, []).append(name)
+        if len(by_value) > 1:
+            which = "; ".join(f"{value}: {', '.join(names)}" for value, names in by_value.items())
+            notes.append(f"**Not the same {what} in all rows**, which they differ by as well: {which}.")
+    return notes
+
+
 def departures(run: Result) -> list[str]:
     """In what the run departs from its row of recipes.py, which is the reference's where the reference has it."""
     found = []
@@ -207,10 +230,15 @@ def departures(run: Result) -> list[str]:
             found += [f"{name} {value}" for name, value in run.recipe.items() if name not in row and value is not None]
     if run.augment:
         found.append("augmented images")
-    if run.weights not in (None, "imagenet"):
-        found.append(f"a teacher that starts from the weights {run.weights} instead of imagenet")
+    teacher = run.recipe["network"] == "teacher"
+    if run.weights not in (None, "imagenet" if teacher else "none"):
+        usual = "imagenet" if teacher else "random ones"
+        found.append(
+            f"a {'teacher' if teacher else 'student'} that starts from the weights {run.weights} instead of {usual}"
+        )
     if run.warm_start:
-        found.append(f"a start from a finished run of {run.warm_start.get('epochs')} epochs, with a fresh optimiser")
+        anew = "a fresh optimiser" + " and what its loss learns begun anew" * bool(run.extra_parameters)
+        found.append(f"a start from a finished run of {run.warm_start.get('epochs')} epochs, with {anew}")
     return found
 
 

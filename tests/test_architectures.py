@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 
 import checkpoint
+import cli
+import jobs
 import losses
 import models
-from recipes import Recipe
+from recipes import RECIPES, Recipe
 from util.runtime import UserError
 
 PAIRS = [  # teacher and student, of all families; the first are of three stages, the VGGs and ResNet-18 of four
@@ -217,6 +219,22 @@ def test_a_checkpoint_of_another_network(script, small, tmp_path):
     refused(script("test.py", *flags, "--teacher_arch", "resnet20", *small), "holds a resnet32, not the resnet20")
 
 
+def test_a_stem_that_the_file_does_not_tell(script, small, tmp_path):
+    """Another --stem for a foreign teacher is another run, and it learns from other outputs."""
+    torch.save(models.build("mobilenet_v2", 4, "small").state_dict(), tmp_path / "foreign.pth")
+    flags = ["--teacher", "foreign.pth", "--teacher_arch", "mobilenet_v2", "--student_arch", "resnet20"]
+    common = ["train_distillation.py", *flags, *small, "--epochs", 1]
+    assert script(*common).code == 0
+    refused(script(*common, "--stem", "standard"), "stem")
+    result = json.loads(next((tmp_path / "results" / "folder").glob("*_seed0.json")).read_text())
+    assert result["teacher"]["stem"] == "small"
+    own = tmp_path / "own.pth"
+    checkpoint.save(models.build("resnet20", 4), own)
+    for path, arch, expected in (("foreign.pth", "mobilenet_v2", "standard"), (own, "resnet20", None)):
+        recipe = cli.of_arch(RECIPES["teacher"], arch)
+        assert jobs.load(recipe, tmp_path / path, "folder", "standard" if expected else "auto", 8).stem == expected
+
+
 def test_statistics_of_a_teacher(script, small, small_teacher, tmp_path):
     """The teacher sees its images normalised as it is told; a run so told is another run."""
 
@@ -227,6 +245,10 @@ def test_statistics_of_a_teacher(script, small, small_teacher, tmp_path):
     flags = ["train_distillation.py", "--teacher", small_teacher, *small, "--epochs", 1]
     assert script(*flags, "--teacher_mean", "0.5,0.5,0.5", "--teacher_std", "imagenet").code == 0
     refused(script(*flags), "teacher.normalisation")
+    raw = ["--teacher_mean", "0,0,0", "--teacher_std", "1,1,1"]  # pixels from 0 to 1, as many a teacher is fed
+    assert script(*flags, "--name", "raw", *raw).code == 0
+    refused(script(*flags, "--teacher_mean", "0,0,0", "--teacher_std", "0,1,1"), "--teacher_std", "above 0")
+    refused(script(*flags, "--teacher_mean", "-1,0,0", "--teacher_std", "1,1,1"), "--teacher_mean")
     refused(script(*flags, "--teacher_mean", "0.5,0.5,0.5"), "belong together")
     refused(script(*flags, "--teacher_mean", "0.5,0.5", "--teacher_std", "imagenet"), "three numbers")
     told = script(*flags, "--name", "fed_wrongly", "--teacher_mean", "9,9,9", "--teacher_std", "imagenet")

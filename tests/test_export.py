@@ -267,6 +267,20 @@ def test_a_card(script, thin, student, scaled_like_trained, tmp_path, digits, mo
         results.read(tmp_path / "r")
 
 
+def test_a_card_of_a_student_that_was_not_distilled(script, small, tmp_path, monkeypatch):
+    """Beside a foreign teacher, whose network the flags tell."""
+    monkeypatch.setattr(measures, "SECONDS", 0.01)
+    torch.save(models.build("resnet32", 4).state_dict(), tmp_path / "foreign.pth")
+    (tmp_path / "checkpoints" / "folder").mkdir(parents=True)
+    checkpoint.save(models.build("resnet20", 4), tmp_path / "checkpoints" / "folder" / "student_resnet20.pth")
+    ran = script(
+        "card.py", "--model_job", "student", "--student_arch", "resnet20", "--teacher", "foreign.pth",
+        "--teacher_arch", "resnet32", *small,
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    assert ran.out.startswith("# student_resnet20, beside its teacher")
+
+
 def test_multiply_adds_are_those_of_the_convolutions(cpu, monkeypatch):
     monkeypatch.setattr(measures, "SECONDS", 0.01)
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3, padding=1), torch.nn.Flatten(), torch.nn.Linear(80, 2))

@@ -204,11 +204,40 @@ def test_shortened_runs_are_said_to_be(tmp_path):
     put(tmp_path, "teacher", 50.0, augment=True, weights="none")
     put(tmp_path, LDH6, 50.0, seed=3, warm_start={"epochs": 20, "checkpoint_sha256": "ab"})
     put(tmp_path, LDH6, 50.0, seed=4)
+    anew = {"epochs": 20, "checkpoint_sha256": "ab"}
+    put(tmp_path, "distillation_LDH9", 50.0, weights="imagenet", warm_start=anew, extra_parameters=7)
     text = report_text(tmp_path)
+    assert "distillation_LDH9 ran with a student that starts from the weights imagenet instead of random ones" in text
+    assert "20 epochs, with a fresh optimiser and what its loss learns begun anew" in text
     assert "- Not the reference's recipe: distillation ran with epochs 2 instead of 50.\n" in text
     assert "teacher ran with augmented images, a teacher that starts from the weights none instead of imagenet" in text
     assert f"{LDH6} (seed 3) ran with a start from a finished run of 20 epochs" in text
     assert "do not compare with the reference" in text
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (
+            {"teacher": {"sha256": "cdef" * 16}},
+            "teacher in all rows**, which they differ by as well: the one of 69.87 % (ab): distillation; the one of",
+        ),
+        (
+            {"precision": "fp32"},
+            "precision in all rows**, which they differ by as well: bf16: student, distillation; fp32: ",
+        ),
+        ({"batch_norm": "each part"}, "batch norm in all rows"),
+        ({"stem": "standard"}, "stem in all rows"),
+    ],
+)
+def test_what_the_students_were_not_trained_with_alike_is_told(tmp_path, more, words):
+    put(tmp_path, "teacher", 70.0, weights="imagenet", stem="standard")
+    put(tmp_path, STUDENT, 59.0)
+    put(tmp_path, KD, 60.0)
+    put(tmp_path, LDH6, 61.0)
+    assert "Not the same" not in report_text(tmp_path)
+    put(tmp_path, LDH6, 61.0, **more)
+    assert f"- **Not the same {words}" in report_text(tmp_path)
 
 
 def test_an_older_result_departs_in_nothing(tmp_path):
@@ -349,10 +378,12 @@ def test_epochs_as_csv(tmp_path):
         {"data": {**CIFAR, "image_size": 64}},
         {"data": {**CIFAR, "classes": 10}},
         {"dataset": "tiny_imagenet"},
+        {"data": {**CIFAR, "fingerprint": "relabelled", "test_fingerprint": "of the test"}},
+        {"data": {**CIFAR, "fingerprint": "others", "test_fingerprint": "others"}},
     ],
 )
 def test_mixed_data_are_refused(tmp_path, more):
-    put(tmp_path, STUDENT, 59.0)
+    put(tmp_path, STUDENT, 59.0, data={**CIFAR, "fingerprint": "of all", "test_fingerprint": "of the test"})
     put(tmp_path, "teacher", 59.0, **more)
     with pytest.raises(UserError, match="student_seed0.json and .*teacher_seed0.json are of different data"):
         report.write(tmp_path)
@@ -371,6 +402,10 @@ def test_damaged_results_are_named(tmp_path):
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="teacher_seed0.json is damaged"):
         report.write(tmp_path)
+    path.write_text(whole[:-1] + ', "suite": "../elsewhere"}')  # where a plot would be written
+    with pytest.raises(UserError, match="no whole result .suite is missing or wrong"):
+        report.write(tmp_path)
+    path.write_bytes(b"\xff\xfe\x00")
     (tmp_path / "student_seed5.json").write_text("{}")
     with pytest.raises(UserError, match="student_seed5.json is no whole result .*; .*teacher_seed0.json is damaged"):
         report.write(tmp_path)
@@ -590,13 +625,51 @@ def test_a_difference_must_hold_for_other_seeds(tmp_path):
     assert found[LDH6].p == pytest.approx(0.5)  # gains of 90 and 0: t = 1 of one degree of freedom
 
 
-def test_rows_tested_on_other_images_are_not_paired(tmp_path):
+def test_rows_that_do_not_tell_their_images_are_not_paired(tmp_path):
     put_images(tmp_path, STUDENT, "x---------")
     path = put_images(tmp_path, KD, "xxxxxxxxxx")
     assert statistics.gains_on_student(results.read(tmp_path))[KD].p is not None
-    path.write_text(path.read_text().replace('"ten"', '"others"'))
+    path.write_text(path.read_text().replace('"test_fingerprint": "ten"', '"of": "ten"'))
     found = statistics.gains_on_student(results.read(tmp_path))[KD]
     assert found.gain == 90 and found.p is found.interval is found.beyond_noise is None and found.mcnemar == {}
+
+
+def put_kind(folder, job, arch, right, training="reference"):
+    recipe = {**described(RECIPES[job]), "arch": arch, "training": training}
+    name = "_".join(filter(None, [job, arch, training * (training != "reference")]))
+    return put_images(folder, name, right, recipe=recipe)
+
+
+def test_a_row_is_held_against_the_student_of_its_network_and_training(tmp_path):
+    put_images(tmp_path, STUDENT, "x---------")
+    put_images(tmp_path, KD, "xx--------")
+    put_kind(tmp_path, STUDENT, "resnet20", "xxxx------", "strong")
+    put_kind(tmp_path, KD, "resnet20", "xxxxxxxxx-", "strong")
+    put_kind(tmp_path, LDH6, "vgg8", "xxxxxxxxxx")
+    put_kind(tmp_path, "distillation_KMJ0", "resnet20+resnet50", "x---------", "strong")  # as simkd's students
+    found = statistics.gains_on_student(results.read(tmp_path))
+    assert {name: round(gain.gain) for name, gain in found.items()} == {
+        KD: 10,
+        "distillation_resnet20_strong": 50,
+        "distillation_KMJ0_resnet20+resnet50_strong": -30,
+    }
+    # 2 / 2^5 and 2 / 2^3, the smaller doubled, as of two rows compared with the same student.
+    assert found["distillation_resnet20_strong"].adjusted == pytest.approx(2 / 2**4)
+    facts = findings.findings(results.read(tmp_path))
+    assert facts[0].startswith("Best of the students of resnet18, reference (2) by mean top-1: distillation, 20.00 %.")
+    assert "distillation_resnet20_strong, 90.00 %. Its gain on the student in top-1 is +50.00 points" in facts[1]
+    assert facts[2].startswith("Best of the students of vgg8") and "did not run, so there is no gain" in facts[2]
+    assert "gain: over the student of the same network and training" in report_text(tmp_path)
+
+
+def test_a_students_name_does_not_matter(tmp_path, monkeypatch):
+    put_kind(tmp_path, STUDENT, "resnet20", "x---------", "strong")
+    put_kind(tmp_path, KD, "resnet20", "xx--------", "strong")
+    assert "Its gain on the student in top-1 is +10.00 points" in report_text(tmp_path)
+    drawn = []
+    monkeypatch.setattr(plots, "_png", drawn.append)
+    plots.top1_plot(results.read(tmp_path))
+    assert "student" in [text.get_text() for text in drawn[0].axes[0].texts]
 
 
 # Sentences
@@ -701,6 +774,48 @@ def test_a_row_of_one_seed_settles_a_claim_where_others_tell_how_far_seeds_lie_a
 def test_claims_are_judged_as_the_table_judges(tmp_path):
     found = put_claimed(tmp_path, {"distillation_LDH": 107, KD: 107})  # 2 / 2^7 each, doubled as there are two of them
     assert "p 0.0312 after Holm" in found[0].evidence[0] and "p 0.0312 after Holm" in found[3].evidence[0]
+
+
+@pytest.mark.parametrize(
+    ("what", "more"),
+    [
+        ("initial weights", {"weights": "imagenet"}),
+        ("precision", {"precision": "fp32"}),
+        ("augmentation", {"augment": True}),
+        ("training images", {"data": {**TEN, "test_images": 400, "train_images": 80, "val_images": 10}}),
+        ("epochs", {"epochs": 20}),
+        ("batches", {"recipe": {**described(RECIPES[LDH6]), "batch_size": 8}}),
+    ],
+)
+def test_what_was_trained_otherwise_settles_no_claim(tmp_path, what, more):
+    put_claimed(tmp_path)
+    right = np.arange(400) < 160
+    options = {"dataset": "folder", "data": {**TEN, "test_images": 400}, "right": right}
+    for seed in range(2):
+        put(tmp_path, LDH6, None, seed, **{**options, **more})
+    above, best, *_ = findings.claims(results.read(tmp_path))
+    assert (above.verdict, best.verdict) == ("not settled", "not settled")
+    assert f"not trained as student was, so not compared with it: {LDH6} ({what})" in above.evidence
+
+
+def test_students_of_another_teacher_settle_no_claim(tmp_path):
+    put_claimed(tmp_path)
+    options = {"dataset": "folder", "data": {**TEN, "test_images": 400}, "right": np.arange(400) < 160}
+    for seed in range(2):
+        put(tmp_path, LDH6, None, seed, teacher={"sha256": "another"}, **options)
+    above, best, *_ = findings.claims(results.read(tmp_path))
+    assert (above.verdict, best.verdict) == ("yes", "not settled")  # the student alone has no teacher
+
+
+def test_shortened_rows_in_proportion_settle_claims(tmp_path):
+    put_claimed(tmp_path)
+    options = {"dataset": "folder", "data": {**TEN, "test_images": 400}}
+    right = dict.fromkeys(RECIPES, 130) | {STUDENT: 100, LDH6: 160}
+    for job, row in RECIPES.items():
+        for seed in range(2):
+            epochs = max(1, round(row.epochs * 3 / 50))
+            put(tmp_path, job, None, seed, epochs=epochs, right=np.arange(400) < right[job], **options)
+    assert [claim.verdict for claim in findings.claims(results.read(tmp_path))] == ["yes"] * 4
 
 
 def test_claims_where_nothing_is_to_compare_with(tmp_path):

@@ -90,6 +90,32 @@ def test_seeds(script, small, folders, small_teacher):
     assert "±" in (results / "RESULTS.md").read_text()
 
 
+def test_a_mistake_is_told_in_a_line_and_changes_no_table(script, small, folders, small_teacher):
+    _, results = folders
+    assert script("reproduce.py", *small, *SHORT, "--jobs", "student").code == 0
+    (results / "RESULTS.md").write_text("as it was")
+    ran = script("reproduce.py", *small, *SHORT, "--jobs", "student", "distillation")  # no teacher is there
+    assert ran.code == 2 and (results / "RESULTS.md").read_text() == "as it was"
+    assert len([line for line in ran.err.splitlines() if "wrote" in line]) == 0
+    given = ["--teacher", small_teacher, "--jobs", "student"]
+    for flags, words in [
+        (["--teacher_epochs", 2], "--teacher_epochs"),
+        (["--teacher_augment"], "--teacher_augment"),
+        (["--weights", "none"], "--weights"),
+    ]:
+        refused(script("reproduce.py", *small, *given, *flags), words, "no teacher is trained")
+    refused(
+        script("reproduce.py", *small, "--teacher", "nofile.pth", "--jobs", "student"), "there is no file nofile.pth"
+    )
+
+
+def test_the_gain_of_another_network_is_over_its_own_student(script, small, folders, small_teacher):
+    flags = [*small, "--student_arch", "resnet20", "--teacher", small_teacher, "--training", "strong", "--epochs", 1]
+    assert script("reproduce.py", *flags, "--jobs", "student", "distillation").code == 0
+    text = (folders[1] / "RESULTS.md").read_text()
+    assert "| student_resnet20_strong |" in text and "did not run" not in text
+
+
 def test_a_teacher_from_elsewhere_is_not_overwritten(script, small, folders, small_teacher):
     weights, results = folders
     weights.mkdir(parents=True)

@@ -449,6 +449,37 @@ def test_a_checkpoint_of_unknown_origin_is_not_replaced(script, ready, tmp_path)
     assert student.read_bytes() == before
 
 
+def test_a_checkpoint_that_is_not_the_runs_own_is_not_replaced(script, small, tmp_path):
+    """Where the result is there and the checkpoint is another's; one that is gone is made again, and that is said."""
+    common = ["train.py", "--model_job", "student", *small, "--batch_size", 20, "--epochs", 1]
+    assert script(*common).code == 0
+    student = tmp_path / "checkpoints" / "folder" / "resnet18.pth"
+    assert script(*common, "--seed", 1).code == 0
+    shutil.copy(student.parent / "seed1" / student.name, student)
+    before = files_of(tmp_path / "checkpoints", tmp_path / "results")
+    refused(script(*common), "resnet18.pth is not the checkpoint that", "student_seed0.json", "--overwrite")
+    again = [*common[3:], "--scheduler_step", 20, "--jobs", "student"]
+    refused(script("reproduce.py", *again), "resnet18.pth is not the", "--checkpoint_dir")
+    assert files_of(tmp_path / "checkpoints", tmp_path / "results") == before
+    student.unlink()
+    again = script(*common)
+    assert (
+        again.code == 0 and "resnet18.pth, which" in again.err and "is gone or damaged: it is trained anew" in again.err
+    )
+
+
+def test_the_weights_that_a_run_starts_from_are_known_by_their_content(script, small, tmp_path):
+    for seed, name in enumerate(("one.pth", "other.pth")):
+        torch.manual_seed(seed)
+        torch.save(models.build("student", 4).state_dict(), tmp_path / name)
+    common = ["train.py", "--model_job", "student", *small, "--batch_size", 20, "--epochs", 1, "--weights"]
+    assert script(*common, "one.pth").code == 0
+    shutil.copy("one.pth", "copy.pth")
+    assert "finished already" in script(*common, "copy.pth").err
+    shutil.copy("other.pth", "one.pth")
+    refused(script(*common, "one.pth"), "weights: a file of sha256 ")
+
+
 def test_a_finished_run_is_trained_on(script, small, tmp_path):
     """With --resume and more epochs, from its weights; a schedule over the epochs can't be stretched."""
     common = ["train.py", "--model_job", "student", *small, "--batch_size", 20]
@@ -463,6 +494,13 @@ def test_a_finished_run_is_trained_on(script, small, tmp_path):
         "reproduce.py", *small, "--batch_size", 20, "--jobs", "student", "--epochs", 3, "--scheduler_step", 20
     )
     assert again.code == 2 and "warm_start" in again.err  # not the row's own run
+
+
+def test_that_what_a_loss_learns_begins_anew_is_said(script, small, small_teacher):
+    common = ["train_distillation.py", "--loss", "vid", "--alpha", 0.5, *small, "--teacher", small_teacher]
+    assert script(*common, "--epochs", 1).code == 0
+    more = script(*common, "--epochs", 2, "--resume")
+    assert "with a fresh optimizer and what the loss learns begun anew" in more.err, more.err
 
 
 def test_a_scheduled_run_is_not_trained_on(script, small, small_teacher):

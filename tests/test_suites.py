@@ -144,7 +144,57 @@ def test_shortened_runs_are_marked_and_not_compared_with_whole_ones(tmp_path):
     assert rows["dkd"]["epochs"] == "60 of 240" and rows["at"]["epochs"] == "60" and rows["kd"]["epochs"] == "240"
     assert (rows["rld"]["to kd"], rows["dkd"]["to kd"], rows["dkd"]["to the student alone"]) == ("+1.00", "", "")
     assert "**Trained for fewer epochs than what is claimed: dkd.**" in text
-    assert "Not compared with kd, as they were trained otherwise: at, dkd." in text
+    assert "Not compared with kd, as they were trained otherwise: at (training), dkd (training)." in text
+
+
+@pytest.mark.parametrize(
+    ("what", "more"),
+    [
+        ("teacher", {"teacher": {"sha256": "another"}}),
+        ("training images", {"data": {**CIFAR, "train_images": 25000, "val_images": 25000}}),
+        ("precision", {"precision": "fp32"}),
+        ("batch norm", {"batch_norm": "each process's part"}),
+        ("stem", {"stem": "standard"}),
+        ("initial weights", {"weights": "imagenet"}),
+        ("augmentation", {"augment": False}),
+        ("network", {"recipe": {"arch": "resnet32"}}),
+        ("training", {"recipe": {"weight_decay": 1e-4}}),
+        ("seeds", {"seed": 1}),
+    ],
+)
+def test_what_was_trained_otherwise_is_not_compared(tmp_path, what, more):
+    put_run(tmp_path, None, 69.0)
+    put_run(tmp_path, "kd", 70.0)
+    put_run(tmp_path, "dkd", 71.0, **more)
+    text, rows = rows_of(tmp_path)
+    assert "to kd" not in rows["dkd"] and f"Not compared with kd, as they were trained otherwise: dkd ({what})." in text
+    # A teacher is nothing that the student alone could have in common with it.
+    assert bool(rows["dkd"]["to the student alone"]) == (what == "teacher")
+
+
+def test_a_row_whose_own_seeds_were_not_trained_alike_is_told(tmp_path):
+    put_run(tmp_path, "kd", 70.0)
+    put_run(tmp_path, "dkd", 65.0, epochs=30)
+    put_run(tmp_path, "dkd", 71.0, seed=1)
+    text, rows = rows_of(tmp_path)
+    assert rows["dkd"]["to the claim"] == "" and rows["kd"]["to the claim"] == "+0.00"
+    assert "**Not trained alike in all of its own seeds: dkd.**" in text
+
+
+def test_a_shorter_run_has_no_gain_in_the_map_of_schedules(tmp_path, monkeypatch):
+    put_run(tmp_path, "kd", 60.0)
+    put_run(tmp_path, "kd", 50.0, alpha="cosine", epochs=30)
+    drawn = []
+    monkeypatch.setattr(plots, "_png", drawn.append)
+    plots.schedules_plot(*suite.suites_of(results.read(tmp_path)))
+    assert drawn[0].axes[0].images[0].get_array().filled(-1).tolist() == [[0, -1]]
+
+
+def test_each_seed_may_have_a_teacher_of_its_own(tmp_path):
+    for seed in (0, 1):
+        put_run(tmp_path, "kd", 70.0, seed, teacher={"sha256": f"of seed {seed}"})
+    put_run(tmp_path, "dkd", 71.0, teacher={"sha256": "of seed 0"})
+    assert rows_of(tmp_path)[1]["dkd"]["to kd"].startswith("+1.00")
 
 
 def test_claims_stand_beside_cifar100_only(tmp_path):
@@ -152,6 +202,11 @@ def test_claims_stand_beside_cifar100_only(tmp_path):
     text, rows = rows_of(tmp_path)
     assert "claimed" not in rows["kd"] and "A paper" not in text and "check of the pipeline" in text
     assert "Nothing is compared with the student alone, which did not run." in text
+
+
+def test_without_a_constant_kd_nothing_is_compared_with_it(tmp_path):
+    put_run(tmp_path, "kd", 62.0, alpha="cosine")
+    assert "Nothing is compared with kd with a constant alpha, which did not run." in rows_of(tmp_path)[0]
 
 
 def test_a_claim_of_the_best_epoch_is_told(tmp_path):
@@ -310,10 +365,12 @@ def test_a_teacher_that_is_there_is_not_to_be_trained(script, small_teacher):
 
 
 def test_what_a_training_can_not_have_is_left_out_and_named(script, small, tmp_path):
-    command = ["reproduce.py", *small, "--suite", "losses", "--training", "strong", "--teacher", tmp_path / "none.pth"]
+    checkpoint.save(models.build("resnet20", 3), tmp_path / "other.pth")  # of other classes, which is found out later
+    teacher = ["--teacher", tmp_path / "other.pth", "--teacher_arch", "resnet20"]
+    command = ["reproduce.py", *small, "--suite", "losses", "--training", "strong", *teacher]
     ran = script(*command)
-    assert ran.code == 2 and "left out: losses_crd_strong: crd remembers" in ran.err
-    refused(script(*command, "--jobs", "crd"), "losses_crd_strong: crd remembers")
+    assert ran.code == 2 and "left out: losses_crd_resnet20_strong: crd remembers" in ran.err
+    refused(script(*command, "--jobs", "crd"), "losses_crd_resnet20_strong: crd remembers")
 
 
 def test_what_a_pair_can_not_have_is_left_out_and_named(script, small, tmp_path, monkeypatch):

@@ -62,6 +62,18 @@ def same(given, expected, tolerance=1e-5):
         assert ours.shape == theirs.shape and difference < tolerance
 
 
+def test_the_same_weights_with_another_stem_are_another_teacher(digits, tmp_path):
+    """Where strides are all that stems differ by, one file fits both."""
+    small, standard = (
+        Teacher(
+            models.build("mobilenet_v2", 10, stem), Runtime(CPU, "fp32"), "sha", 50.0, cache_dir=tmp_path, stem=stem
+        )
+        for stem in ("small", "standard")
+    )
+    batches = batches_of(digits)
+    assert small.cache_key(batches) != standard.cache_key(batches) and small.identity != standard.identity
+
+
 @pytest.mark.parametrize("precision", TOLERANCES)
 @pytest.mark.parametrize(
     "needs", [LOGITS, BOTH, frozenset({"logits", "stage1", "stage3"}), frozenset({"stages"})], ids=sorted
