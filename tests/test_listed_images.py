@@ -91,11 +91,14 @@ def test_classes_that_are_numbers_are_in_their_order(tree, rows):
 
 def test_what_a_csv_says_twice_or_for_nothing_is_told(tree, rows, capfd):
     more = [(rows[0][0], "cat", "test"), (rows[1][0], "cat", "VALID"), (rows[1][0], "dog", "val")]
+    more += [(rows[1][0], "dog", "train"), (rows[0][0], "cat", "train")]
     given = data.load("csv", write(tree.parent / "list.csv", [*rows, *more]), 8)
     assert len(given.test.labels) == 5
     assert capfd.readouterr().err.splitlines() == [
         f"{tree.parent}/list.csv: split val is not used, test is",
         f"{tree.parent}/list.csv: split valid is not used, test is",
+        f"in train under more than one label: {tree}/train/cat/1.png",
+        f"in train more than once: {tree}/train/cat/0.png",
         f"in train and test alike: {tree}/train/cat/0.png; the test's figures are flattered",
     ]
 

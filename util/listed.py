@@ -47,6 +47,7 @@ def find_csv(data_dir: Path, classes: Collection[str] | None = None) -> Found:
         parts.setdefault(split.casefold(), []).append((image, class_name(label)))
     _refuse_missing(path, lines)
     listing = _chosen(printable(path), parts, classes)
+    _say_repeated(listing)
     _say_in_both(listing)
     return Found(
         path.parent, listing, _in_order({label for found in listing.values() for _, label in found}), path.name
@@ -109,6 +110,19 @@ def _refuse_missing(table: Path, lines: dict[Path, int]) -> None:
             f"{printable(table)}: {len(missing):,} of {len(lines):,} files are not there; the first, in line "
             f"{lines[first]}, is {printable(first)}"
         )
+
+
+def _say_repeated(listing: Parts) -> None:
+    for part, images in listing.items():
+        labels: dict[str, list] = {}
+        for path, label in images:
+            labels.setdefault(os.path.normpath(path), []).append(label)
+        contradicted = sorted(path for path, given in labels.items() if len({*given}) > 1)
+        repeated = sorted(path for path, given in labels.items() if len(given) > len({*given}))
+        if contradicted:
+            say(f"in {part} under more than one label: {some(contradicted)}")
+        if repeated:
+            say(f"in {part} more than once: {some(repeated)}")
 
 
 def _say_in_both(listing: Parts) -> None:
