@@ -53,7 +53,7 @@ class Setup:
     from, see start_of. compile: the network that is trained, and a teacher that runs at every step. stem: of the
     networks, "small", "standard", or "auto", by the images' size. mode: "new", "resume" or "overwrite", what to do with
     what an earlier run left. sync_bn: of several processes on CUDA, batch norm takes its statistics over all parts of a
-    batch. tensorboard: write the figures for it, too.
+    batch. tensorboard: write the figures for it, too. overwrites: whether --overwrite and --name are there to advise.
     """
 
     dataset: Dataset
@@ -69,6 +69,7 @@ class Setup:
     mode: str = "new"
     sync_bn: bool = True
     tensorboard: bool = False
+    overwrites: bool = True
 
 
 class Paths(NamedTuple):
@@ -108,6 +109,7 @@ class Trained(NamedTuple):
 
 
 ADVICE = "give this run a --name of its own or other folders, or replace that one with --overwrite"
+OTHER_FOLDERS = "give other --checkpoint_dir and --results_dir, or move that run away"  # of a script without these two
 
 
 def checkpoint_path(recipe: Recipe, folder: Path, seed: int = 0, name: str | None = None) -> Path:
@@ -193,13 +195,13 @@ def _is_damaged(path: Path) -> bool:
     return False
 
 
-def finished(recipe: Recipe, setup: Setup, teacher: Teacher | None, advice: str = ADVICE) -> Result | None:
+def finished(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> Result | None:
     """The result of this very run, where it is on the disk with the checkpoint that it is about.
 
     None where there is nothing, or where the checkpoint is gone or damaged. Raises UserError where the work of another
-    run is in its place, or a checkpoint that is none of this run's: nothing finished is replaced unasked. advice: what
-    to do then.
+    run is in its place, or a checkpoint that is none of this run's: nothing finished is replaced unasked.
     """
+    advice = ADVICE if setup.overwrites else OTHER_FOLDERS
     there, now, untold = paths(recipe, setup), identity(recipe, setup, teacher), _unknowable(recipe, setup)
     result = Result.read(there.result) if there.result.exists() else None
     if result:
@@ -293,10 +295,11 @@ def _of_test(figures: engine.Figures) -> engine.Figures:
 def _begin(keeper: Keeper, setup: Setup, recipe: Recipe) -> None:
     """Go on from the run's state, of this run or, which is the same where nothing depends on them, of fewer epochs."""
     epochs = () if _scheduled(recipe) else ("recipe.epochs",)
-    keeper.begin(setup.mode, may_differ=(*epochs, *_unknowable(recipe, setup)))
+    advice = "give the same, or " + ("start over with --overwrite" if setup.overwrites else "move it away")
+    keeper.begin(setup.mode, advice, may_differ=(*epochs, *_unknowable(recipe, setup)))
     if keeper.state and (there := keeper.state["identity"]["recipe"]["epochs"]) > recipe.epochs:
         found = f"recipe.epochs: {there} there, {recipe.epochs} now"
-        raise UserError(f"{keeper.path} comes from other settings ({found}); give the same, or --overwrite")
+        raise UserError(f"{keeper.path} comes from other settings ({found}); {advice}")
 
 
 def _write_result(result: Result, there: Paths) -> None:

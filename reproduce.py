@@ -29,7 +29,6 @@ from util import runtime
 from util.bounds import COUNT, POSITIVE
 from util.runtime import Diverged, Unsuited, UserError, say
 
-ADVICE = "give other --checkpoint_dir and --results_dir, or move that run away"
 FULL_EPOCHS, FULL_STEP = RECIPES["student"].epochs, RECIPES["student"].scheduler_step
 
 
@@ -45,7 +44,7 @@ def main() -> None:
     trained_here = None if needless else teacher_row(args, teacher)
     chosen = runtime.choose(args.device, args.precision)
     dataset = cli.load_data(args, chosen)
-    setup = cli.setup(args, dataset, chosen, weights=args.weights, mode="resume")
+    setup = cli.setup(args, dataset, chosen, weights=args.weights, mode="resume", overwrites=False)
     before, done = stamps(setup), False
     try:
         if trained_here:
@@ -275,9 +274,11 @@ def finished(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> Result | 
     if there.state.exists():
         return None
     try:
-        done = jobs.finished(recipe, setup, teacher, ADVICE)
+        done = jobs.finished(recipe, setup, teacher)
         if done and done.warm_start:
-            raise UserError(f"{there.result} is no run of its row: it has a warm_start from another; {ADVICE}")
+            raise UserError(
+                f"{there.result} is no run of its row: it has a warm_start from another; {jobs.OTHER_FOLDERS}"
+            )
         return done
     except UserError as error:
         if recipe.network != "teacher" or recipe.suite:

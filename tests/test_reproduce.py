@@ -12,6 +12,7 @@ from test_scripts import refused
 import losses
 from losses import Loss
 from recipes import RECIPES, Recipe
+from util.runstate import Keeper
 
 SHORT = ["--weights", "none", "--epochs", 1, "--batch_size", 20]
 
@@ -107,6 +108,23 @@ def test_a_mistake_is_told_in_a_line_and_changes_no_table(script, small, folders
     refused(
         script("reproduce.py", *small, "--teacher", "nofile.pth", "--jobs", "student"), "there is no file nofile.pth"
     )
+
+
+def test_a_state_of_other_settings_is_told_of_without_flags_that_are_not_there(script, small, folders):
+    weights, _ = folders
+    with pytest.MonkeyPatch.context() as patched:
+        kept = Keeper.save
+
+        def stop(self, state):
+            kept(self, state)
+            raise KeyboardInterrupt
+
+        patched.setattr(Keeper, "save", stop)
+        assert script("reproduce.py", *small, *SHORT, "--jobs", "student", "--epochs", 3).code == 130
+    state = (weights / "resnet18.state").read_bytes()
+    ran = script("reproduce.py", *small, *SHORT, "--jobs", "student", "--epochs", 3, "--learning_rate", 0.1)
+    assert ran.code == 2 and "recipe.learning_rate" in ran.err and "give the same, or move it away" in ran.err
+    assert "--overwrite" not in ran.err and (weights / "resnet18.state").read_bytes() == state
 
 
 def test_the_gain_of_another_network_is_over_its_own_student(script, small, folders, small_teacher):

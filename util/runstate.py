@@ -104,10 +104,11 @@ class Keeper:
         self._written: Future | None = None
         self._last: State | None = None  # the state that is being written, or could not be
 
-    def begin(self, mode: str, may_differ: Collection[str] = ()) -> None:
+    def begin(self, mode: str, advice: str = "give the same", may_differ: Collection[str] = ()) -> None:
         """mode: "new" refuses where a state is there, "resume" takes it where there is one, "overwrite" removes it.
 
-        may_differ: keys of the identity, nested ones with dots ("recipe.epochs"), in which the state may be another's.
+        advice: what to do about a state of other settings. may_differ: keys of the identity, nested ones with dots
+        ("recipe.epochs"), in which the state may be another's.
         Raises UserError for a state that is damaged, of other settings, or in the way.
         """
         if self.processes.main:
@@ -118,7 +119,6 @@ class Keeper:
         self.processes.barrier()
         if self.path.exists():
             self.state = load(self.path)
-            advice = "give the same, or start over with --overwrite"
             refuse_difference(self.state["identity"], self.identity, self.path, advice, self.words, may_differ)
             self.figures = self.state["figures"]
 
