@@ -120,7 +120,7 @@ def _draw_baselines(axes, rows: Rows, shown: Interval, looks: dict[str, Look]) -
     drawn = _baselines(rows)
     lines = {label: rows.top1(name) for label, name in drawn.items() if shown[0] <= rows.top1(name) <= shown[1]}
     for label, value in lines.items():
-        leftmost = value == min(lines.values()) and len(lines) > 1
+        leftmost = len(lines) > 1 and label == min(lines, key=lines.get)
         rightmost = len(lines) > 1 and not leftmost
         side = "right" if leftmost else "left" if rightmost else "center"
         colour, where = looks[drawn[label]].colour, axes.get_xaxis_transform()

@@ -305,9 +305,10 @@ def read(results_dir: Path) -> Rows:
     return rows
 
 
-def _place(run: Result, order: list[str]) -> tuple[bool, int]:
-    """First the rows of recipes.py under their own names, then the others, by their jobs."""
-    return run.name not in order, order.index(run.job) if run.job in order else len(order)
+def _place(run: Result, order: list[str]) -> tuple[bool, int, bool, bool]:
+    """First the rows of recipes.py by their own names, then others by their jobs; teachers, then students alone."""
+    place = order.index(run.job) if run.job in order else len(order)
+    return run.name not in order, place, run.recipe["network"] != "teacher", bool(run.recipe["soft"])
 
 
 def _check_name(path: Path, run: Result) -> None:

@@ -663,13 +663,17 @@ def test_a_row_is_held_against_the_student_of_its_network_and_training(tmp_path)
 
 
 def test_a_students_name_does_not_matter(tmp_path, monkeypatch):
+    put_kind(tmp_path, "teacher", "resnet56", "x---------", "strong")
     put_kind(tmp_path, STUDENT, "resnet20", "x---------", "strong")
     put_kind(tmp_path, KD, "resnet20", "xx--------", "strong")
     assert "Its gain on the student in top-1 is +10.00 points" in report_text(tmp_path)
     drawn = []
     monkeypatch.setattr(plots, "_png", drawn.append)
     plots.top1_plot(results.read(tmp_path))
-    assert "student" in [text.get_text() for text in drawn[0].axes[0].texts]
+    texts = {text.get_text(): text.get_ha() for text in drawn[0].axes[0].texts}
+    assert {texts["teacher"], texts["student"]} == {"left", "right"}  # apart, though at the same place
+    order = ["teacher_resnet56_strong", "student_resnet20_strong", "distillation_resnet20_strong"]
+    assert list(results.read(tmp_path)) == order
 
 
 # Sentences
