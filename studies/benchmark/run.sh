@@ -26,7 +26,7 @@ side_by_side() {
 }
 
 # In an order in which dkd and rld find the teacher's logits that kd left there.
-printf '%s\n' student at kd sp dkd crd dist reviewkd rld {student,kd,dist}" --seeds "{1,2} | side_by_side "${short[@]}"
+printf '%s\n' student at kd sp dkd crd dist reviewkd rld {student,kd,reviewkd}" --seeds "{1,2} | side_by_side "${short[@]}"
 # rld once more, by the weight that the authors of dkd have for this pair.
 python train_distillation.py --loss rld --schedule "sum, warm-up" --mcd 2 --teacher_arch resnet56 --student_arch resnet20 \
     --training benchmark --epochs 30 "${common[@]}" \
