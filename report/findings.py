@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from recipes import RECIPES
-from report.results import SETUP, Rows, other_teachers
+from report.results import SETUP, Rows, otherwise
 from report.statistics import LEVEL, Comparison, fewest_images, gains_on_student, noise, students_against
 
 FEW_IMAGES = 1000  # with fewer test images, a difference that a paper would report is a handful of them
@@ -175,11 +175,9 @@ def _unlike(rows: Rows, name: str, other: str) -> list[str]:
         "learning rate": lambda run: run.recipe["learning_rate"],
         "batches": lambda run: run.recipe["batch_size"],
     }
-    found = [what for what, told in alike.items() if len({*map(told, runs)}) > 1]
     shares = [run.recipe["epochs"] / RECIPES[run.job].epochs for run in runs]
     rounding = sum(0.5 / RECIPES[row].epochs for row in (name, other))
-    found += ["epochs"] * (max(shares) - min(shares) > rounding + 1e-9)
-    return found + ["teacher"] * other_teachers(ours, theirs)
+    return otherwise(ours, theirs, alike) + ["epochs"] * (max(shares) - min(shares) > rounding + 1e-9)
 
 
 def _sign(found: Comparison) -> int:

@@ -269,14 +269,22 @@ SETUP: dict[str, Callable[[Result], Any]] = {
     "precision": lambda run: run.precision,
     "batch norm": lambda run: run.batch_norm,
     "stem": lambda run: run.stem,
-    "initial weights": lambda run: run.weights,
+    "initial weights": lambda run: None if run.weights == "none" else run.weights,
 }
 
 
-def other_teachers(ours: dict[int, Result], theirs: dict[int, Result]) -> bool:
-    """Whether two rows, by seed, learnt from different teachers in a seed that both have; from none is no other one."""
+def otherwise(
+    ours: dict[int, Result], theirs: dict[int, Result], ways: dict[str, Callable[[Result], Any]]
+) -> list[str]:
+    """What is not the same in all runs of two rows, in words: of `ways`, or the teacher of a seed that both have.
+
+    A row that has no teacher has no other one.
+    """
+    runs = [*ours.values(), *theirs.values()]
+    found = [what for what, told in ways.items() if len({*map(told, runs)}) > 1]
     pairs = [(ours[seed].teacher, theirs[seed].teacher) for seed in ours.keys() & theirs.keys()]
-    return any(None not in pair and pair[0] != pair[1] for pair in pairs)
+    known = ("sha256", "normalisation", "stem")  # an older result has the first alone
+    return found + ["teacher"] * any(a and b and any(a.get(key) != b.get(key) for key in known) for a, b in pairs)
 
 
 def read(results_dir: Path) -> Rows:
@@ -402,6 +410,9 @@ def _impossible(values: dict[str, Any]) -> str:
     """The name of the first figure of a result, otherwise whole, that can't be; "" where all can."""
     data, test = values["data"], values["test"]
     bad = [name for name in ("train_images", "test_images", "classes", "image_size") if data[name] < 1]
+    teacher = values.get("teacher")
+    told = teacher and isinstance(teacher.get("sha256"), str) and values["teacher_top1"] is not None
+    bad += ["teacher"] * (teacher is not None and not told)
     bad += ["suite"] * (not re.fullmatch(r"[\w.]*", values.get("suite", "")))  # of which a file's name is made
     bad += [name for name in ("top1", "top5") if not 0 <= test[name] <= 100]
     if not bad and "correct" in test:

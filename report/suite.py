@@ -7,7 +7,7 @@ from typing import Any
 
 from recipes import RECIPES, described, under
 from report.findings import p_value
-from report.results import SETUP, Claimed, Result, Rows, describe_data, other_teachers
+from report.results import SETUP, Claimed, Result, Rows, describe_data, otherwise
 from report.statistics import Comparison, against, binomial_error
 from report.table import gain_cell, interval_notes, lines_as_table, spread
 
@@ -80,9 +80,7 @@ class Suite(Rows):
     def otherwise(self, name: str, other: str) -> list[str]:
         """What but for the loss the two rows were trained with that is not the same, or not in all seeds, in words."""
         ours, theirs = self[name], self[other]
-        runs = [*ours.values(), *theirs.values()]
-        found = [what for what, told in TRAINED_WITH.items() if len({*map(told, runs)}) > 1]
-        return found + ["teacher"] * other_teachers(ours, theirs) + ["seeds"] * (not ours.keys() & theirs.keys())
+        return otherwise(ours, theirs, TRAINED_WITH) + ["seeds"] * (not ours.keys() & theirs.keys())
 
     def alike(self, names: Iterable[str], other: str) -> list[str]:
         """Those of the rows that can be compared with that one."""

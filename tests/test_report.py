@@ -402,6 +402,9 @@ def test_damaged_results_are_named(tmp_path):
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="teacher_seed0.json is damaged"):
         report.write(tmp_path)
+    path.write_text(whole.replace('"teacher": null', '"teacher": {}'))
+    with pytest.raises(UserError, match="no whole result .teacher is missing or wrong"):
+        report.write(tmp_path)
     path.write_text(whole[:-1] + ', "suite": "../elsewhere"}')  # where a plot would be written
     with pytest.raises(UserError, match="no whole result .suite is missing or wrong"):
         report.write(tmp_path)

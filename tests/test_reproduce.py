@@ -7,12 +7,11 @@ import shutil
 import pytest
 import torch.nn.functional as F
 from as_processes import thin
-from test_scripts import refused
+from test_scripts import refused, stopped_at_a_save
 
 import losses
 from losses import Loss
 from recipes import RECIPES, Recipe
-from util.runstate import Keeper
 
 SHORT = ["--weights", "none", "--epochs", 1, "--batch_size", 20]
 
@@ -112,14 +111,7 @@ def test_a_mistake_is_told_in_a_line_and_changes_no_table(script, small, folders
 
 def test_a_state_of_other_settings_is_told_of_without_flags_that_are_not_there(script, small, folders):
     weights, _ = folders
-    with pytest.MonkeyPatch.context() as patched:
-        kept = Keeper.save
-
-        def stop(self, state):
-            kept(self, state)
-            raise KeyboardInterrupt
-
-        patched.setattr(Keeper, "save", stop)
+    with stopped_at_a_save():
         assert script("reproduce.py", *small, *SHORT, "--jobs", "student", "--epochs", 3).code == 130
     state = (weights / "resnet18.state").read_bytes()
     ran = script("reproduce.py", *small, *SHORT, "--jobs", "student", "--epochs", 3, "--learning_rate", 0.1)

@@ -10,6 +10,7 @@ import shutil
 import signal
 import struct
 import termios
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -518,18 +519,25 @@ def test_a_cut_result_is_one_line(script, small, tmp_path):
         refused(script(*common, *flags), "student_seed0.json is damaged")
 
 
+@contextmanager
+def stopped_at_a_save():
+    """Here a run is stopped, as by Ctrl-C, once it has saved its state."""
+    kept = Keeper.save
+
+    def stop(self, state):
+        kept(self, state)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Keeper, "save", stop)
+        yield
+
+
 def test_a_teacher_resumes_without_its_start_weights(script, small, tmp_path):
     start = tmp_path / "start.pth"
     torch.save(models.build("teacher", 7).state_dict(), start)
     common = ["train.py", "--model_job", "teacher", *small, "--epochs", 2, "--weights", start]
-    with pytest.MonkeyPatch.context() as patched:
-        kept = Keeper.save
-
-        def stop(self, state):
-            kept(self, state)
-            raise KeyboardInterrupt
-
-        patched.setattr(Keeper, "save", stop)
+    with stopped_at_a_save():
         assert script(*common).code == 130
     start.unlink()
     ran = script(*common, "--resume")

@@ -190,6 +190,12 @@ def test_a_shorter_run_has_no_gain_in_the_map_of_schedules(tmp_path, monkeypatch
     assert drawn[0].axes[0].images[0].get_array().filled(-1).tolist() == [[0, -1]]
 
 
+def test_what_is_said_in_two_ways_is_alike(tmp_path):
+    put_run(tmp_path, "kd", 70.0, teacher={"sha256": "ab", "normalisation": None})
+    put_run(tmp_path, "dkd", 71.0, weights="none")  # of an older version, and --weights none as given
+    assert rows_of(tmp_path)[1]["dkd"]["to kd"].startswith("+1.00")
+
+
 def test_each_seed_may_have_a_teacher_of_its_own(tmp_path):
     for seed in (0, 1):
         put_run(tmp_path, "kd", 70.0, seed, teacher={"sha256": f"of seed {seed}"})
