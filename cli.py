@@ -334,7 +334,7 @@ def add_training_flags(parser: Parser) -> None:
         help=f"horizontal flip, and random crop with padding 4; above {data.LARGE} pixels random resized crop",
     )
     add_val_flag(group)
-    add_compile_flag(group)
+    add_speed_flags(group)
     add_sync_bn_flag(group)
     add_tensorboard_flag(group)
     group = parser.add_argument_group("what an earlier run left").add_mutually_exclusive_group()
@@ -388,9 +388,13 @@ def add_val_flag(parser: argparse._ActionsContainer) -> None:
     )  # fmt: skip
 
 
-def add_compile_flag(parser: argparse._ActionsContainer) -> None:
-    """The flag of the scripts that train."""
+def add_speed_flags(parser: argparse._ActionsContainer) -> None:
+    """The flags of the scripts that train."""
     parser.add_argument("--compile", choices=["on", "off"], default="off", help="torch.compile what runs at every step")
+    parser.add_argument(
+        "--cuda_graphs", choices=["on", "off"], default="on",
+        help="on CUDA, launch each step's kernels as a whole (default), or one by one",
+    )  # fmt: skip
 
 
 def add_sync_bn_flag(parser: argparse._ActionsContainer) -> None:
@@ -557,8 +561,8 @@ def setup(args: argparse.Namespace, dataset: data.Dataset, chosen: Runtime, **ch
     files.ensure_writable(results_dir(args), "--results_dir")
     if args.val_fraction:
         dataset = dataset.holding_out(args.val_fraction)
-    choices |= {"compile": args.compile == "on", "sync_bn": args.sync_bn == "on", "stem": args.stem}
-    choices |= {"tensorboard": args.tensorboard}
+    switches = {name: getattr(args, name) == "on" for name in ("compile", "cuda_graphs", "sync_bn")}
+    choices |= {**switches, "stem": args.stem, "tensorboard": args.tensorboard}
     return Setup(dataset, chosen, checkpoint_dir(args), results_dir(args), **choices)
 
 

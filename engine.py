@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import Batch, Batches
+from mixing import Mixed
 from models import folded
 from outputs import Outputs
+from util.graphs import Graphed
 from util.processes import Processes
 from util.runstate import Keeper, State
 from util.runtime import Diverged, Runtime, has_fused, widest
@@ -67,6 +69,7 @@ def fit(
     forward: Callable[[torch.Tensor], Outputs] | None = None,
     validate: Callable[[], Figures] | None = None,
     keeper: Keeper | None = None,
+    graphs: bool = False,
     title: str = "",
     start: int = 0,
 ) -> Iterator[Figures]:
@@ -79,7 +82,8 @@ def fit(
     teacher: its outputs for a batch. forward: the network, compiled.
     validate: the network's figures on held-out images, asked for after every epoch and added to the epoch's.
     keeper: keeps the run's state; where it has one, training goes on from it, mid-epoch too. start: the epoch, from 0,
-        to begin with where it has none.
+        to begin with where it has none. graphs: a step is one CUDA graph, see util.graphs; what the objective draws at
+        each step, it draws in modules' `draw()`.
     Figures: "epoch" from 1, "train_loss" and each other scalar, as its mean over the epoch's images;
         "train_loss_over_batches", the mean over its batches of each batch's mean loss, in which the images of a short
         last batch weigh more; "train_top1" in percent; "alpha", the mean over its steps; "learning_rate", that of its
@@ -88,27 +92,16 @@ def fit(
     """
     keeper, processes, forward = keeper or Keeper(), runtime.processes, forward or network
     epochs, mean_alpha, alpha = len(alpha), alpha.mean(1).tolist(), alpha.to(batches.device)
-    trained, wide = torch.nn.ModuleList([network, objective]), widest(runtime.device)
+    trained = torch.nn.ModuleList([network, objective])
     optimiser = optimiser(trained.parameters())
     at = _restore(keeper.state, network, objective, optimiser, runtime) if keeper.state else Position(start)
+    step = Step(trained, forward, objective, optimiser, at, runtime, len(batches), graphs)
     for epoch in range(at.epoch, epochs):
         started = time.perf_counter() - at.seconds
         network.train()
         with _bar(f"{title} {epoch + 1}/{epochs}", batches, at.iteration, processes) as bar:
             for iteration, batch in enumerate(batches.epoch(epoch, at.iteration), at.iteration):
-                with runtime.autocast():
-                    student = forward(batch.images)
-                    taught = teacher and teacher(batch)
-                    terms = objective(student, taught, batch.labels, alpha[epoch, iteration], batch.mixed)
-                for group in optimiser.param_groups:
-                    group["lr"] = learning_rate(epoch, iteration)
-                optimiser.zero_grad()
-                terms["loss"].backward()
-                processes.average_gradients(trained, batch.share)
-                optimiser.step()
-
-                terms["train_top1"] = 100 * (student.logits.argmax(1) == batch.labels).to(wide).mean()
-                at.add(terms, len(batch.labels), batch.share / len(batches))
+                step(batch, teacher and teacher(batch), alpha[epoch, iteration], learning_rate(epoch, iteration))
                 bar.update(min(batches.batch_size, batches.n_images - bar.n))
                 if keeper.due():
                     at.iteration, at.seconds = iteration + 1, time.perf_counter() - started
@@ -126,11 +119,65 @@ def fit(
             "seconds": time.perf_counter() - started,
             **(validate() if validate else {}),
         }
-        at = Position(epoch + 1)
+        at.begin(epoch + 1)
         keeper.figures.append(figures)
         yield figures
         if keeper.path and (epoch + 1 == epochs or keeper.idle()):
             keeper.save(_snapshot(network, objective, optimiser, at, processes))
+
+
+class Step:
+    """One step of a training: forward, loss, backward, the optimiser's step, and the figures' sums."""
+
+    def __init__(
+        self,
+        trained: torch.nn.ModuleList,
+        forward: Callable[[torch.Tensor], Outputs],
+        objective: torch.nn.Module,
+        optimiser: torch.optim.Optimizer,
+        at: "Position",
+        runtime: Runtime,
+        iterations: int,
+        graphs: bool,
+    ):
+        """trained: network and objective. at: where the sums are. iterations: of an epoch. graphs: see fit."""
+        self.trained, self.forward, self.objective, self.optimiser = trained, forward, objective, optimiser
+        self.at, self.runtime, self.iterations, self.wide = at, runtime, iterations, widest(runtime.device)
+        self.draws = [part.draw for part in objective.modules() if hasattr(part, "draw")]
+        self.step = Graphed(self._step, "a step") if graphs else self._step
+        # Of a graph every number that changes is a tensor on the device, which a kernel fills.
+        self.number = (lambda value: torch.full((), value, device=runtime.device)) if graphs else float
+
+    def __call__(self, batch: Batch, taught: Outputs | None, alpha: torch.Tensor, learning_rate: float) -> None:
+        """Train on a batch. taught: the teacher's outputs for it."""
+        for draw in self.draws:
+            draw()
+        mixed = batch.mixed and batch.mixed._replace(part=self.number(batch.mixed.part))
+        self.step(batch.images, batch.labels, taught, alpha, mixed, self.number(learning_rate), batch.share)
+
+    def _step(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        taught: Outputs | None,
+        alpha: torch.Tensor,
+        mixed: Mixed | None,
+        learning_rate: torch.Tensor | float,
+        share: float,
+    ) -> None:
+        with self.runtime.autocast():
+            student = self.forward(images)
+            terms = self.objective(student, taught, labels, alpha, mixed)
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate
+            if "capturable" in group:  # as Adam wants to be told; else it warns
+                group["capturable"] = labels.is_cuda and torch.cuda.is_current_stream_capturing()
+        self.optimiser.zero_grad()
+        terms["loss"].backward()
+        self.runtime.processes.average_gradients(self.trained, share)
+        self.optimiser.step()
+        terms["train_top1"] = 100 * (student.logits.argmax(1) == labels).to(self.wide).mean()
+        self.at.add(terms, len(labels), share / self.iterations)
 
 
 def _bar(name: str, batches: Batches, iteration: int, processes: Processes) -> tqdm:
@@ -144,16 +191,23 @@ class Position:
     """Where a run is: the epoch, the iterations of it that are done, the seconds they took, the sums of its figures.
 
     totals: of each scalar over the images so far; over_batches: the loss over the batches so far, each divided by their
-    number. Both are summed in float64 and read once an epoch: the step never waits for the device. waiting: the steps
-    that are not in the sums yet, where the device has no float64: these are summed on the CPU, when they are asked for.
+    number. Both are summed in float64, in place, and read once an epoch: the step never waits for the device. waiting:
+    the steps that are not in the sums yet, where the device has no float64: these are summed on the CPU, when they are
+    asked for.
     """
 
     epoch: int = 0
     iteration: int = 0
     seconds: float = 0.0
     totals: Terms = field(default_factory=dict)
-    over_batches: torch.Tensor | float = 0.0
+    over_batches: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     waiting: list[tuple[Terms, int, float]] = field(default_factory=list)
+
+    def begin(self, epoch: int) -> None:
+        """Be at the beginning of that epoch."""
+        self.epoch, self.iteration, self.seconds = epoch, 0, 0.0
+        for total in (*self.totals.values(), self.over_batches):
+            total.zero_()
 
     def add(self, terms: Terms, images: int, share: float) -> None:
         """Add a step's scalars, means over so many images, which are this share of the epoch's batches."""
@@ -164,9 +218,12 @@ class Position:
             self.waiting.append((terms, images, share))
 
     def _sum(self, terms: Terms, images: int, share: float) -> None:
+        if not self.totals:
+            self.totals = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in terms.items()}
+            self.over_batches = torch.zeros_like(terms["loss"], dtype=torch.float64)
         for name, value in terms.items():
-            self.totals[name] = self.totals.get(name, 0) + value.double() * images
-        self.over_batches = self.over_batches + terms["loss"].double() * share
+            self.totals[name] += value.double() * images
+        self.over_batches += terms["loss"].double() * share
 
     def _settle(self) -> None:
         """Sum up the steps that wait."""
@@ -216,7 +273,7 @@ def _copied(value: object) -> object:
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
         return {key: _copied(part) for key, part in value.items()}
-    return value
+    return [_copied(part) for part in value] if isinstance(value, list) else value
 
 
 def _restore(

@@ -29,6 +29,7 @@ from report.results import Result, epochs_csv
 from teacher import Normalisation, Teacher
 from util.convolution import replace_all
 from util.files import ensure_writable, remove_leftovers, replacing, sha256
+from util.graphs import Graphed, possible
 from util.runstate import Keeper, differences, refuse_difference
 from util.runtime import (
     Diverged,
@@ -50,10 +51,11 @@ class Setup:
 
     seed: of the weights and of the data's order. name: of this run, where it is not to have its job's. augment: random
     crop and flip of the training images, which a recipe's training may have by itself. weights: what the network starts
-    from, see start_of. compile: the network that is trained, and a teacher that runs at every step. stem: of the
-    networks, "small", "standard", or "auto", by the images' size. mode: "new", "resume" or "overwrite", what to do with
-    what an earlier run left. sync_bn: of several processes on CUDA, batch norm takes its statistics over all parts of a
-    batch. tensorboard: write the figures for it, too. overwrites: whether --overwrite and --name are there to advise.
+    from, see start_of. compile: the network that is trained, and a teacher that runs at every step. cuda_graphs: a step
+    on CUDA is one CUDA graph, see util.graphs. stem: of the networks, "small", "standard", or "auto", by the images'
+    size. mode: "new", "resume" or "overwrite", what to do with what an earlier run left. sync_bn: of several processes
+    on CUDA, batch norm takes its statistics over all parts of a batch. tensorboard: write the figures for it, too.
+    overwrites: whether --overwrite and --name are there to advise.
     """
 
     dataset: Dataset
@@ -65,6 +67,7 @@ class Setup:
     augment: bool = False
     weights: str = "auto"
     compile: bool = False
+    cuda_graphs: bool = True
     stem: str = "auto"
     mode: str = "new"
     sync_bn: bool = True
@@ -402,8 +405,10 @@ def _trained(
     if isinstance(network, models.ReusingStudent) and not keeper.state:
         network.take_classifier(teacher.network)
     source, objective = aim(recipe, network, teacher, batches)
-    if setup.compile and source is teacher and teacher:  # which then runs at every step
-        teacher.forward = forward_of(teacher.network, batches, runtime, trained=False)
+    graphs = setup.cuda_graphs and possible(runtime)
+    if source is teacher and teacher:  # which then runs at every step
+        forward = forward_of(teacher.network, batches, runtime, trained=False) if setup.compile else teacher.network
+        teacher.forward = Graphed(forward, "the teacher") if graphs else forward
     if keeper.state:
         at = keeper.state["position"]
         say(f"{recipe.job}: going on after {at['epoch']} epochs and {at['iteration']} batches")
@@ -425,6 +430,7 @@ def _trained(
             forward=forward_of(network, batches, runtime) if setup.compile else network,
             validate=validation(network, dataset, runtime),
             keeper=keeper,
+            graphs=graphs,
             title=recipe.job,
             start=len(shorter.epochs) if shorter else 0,
         ):

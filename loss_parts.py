@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from outputs import Outputs, Shapes
-from util.runtime import Unsuited, UserError
+from util.runtime import Unsuited, UserError, send
 
 
 def paired_stages(student: Outputs | Shapes, teacher: Outputs | Shapes) -> list[tuple]:
@@ -63,10 +63,10 @@ class Contrast(nn.Module):
 
     bank_student, bank_teacher: (M, dimension), normalised once an image has been seen, random before. labels: (M,), -1
     for an image not seen yet. log_z: (2,), the logarithms of the constants Z of the student's and of the teacher's
-    embeddings, infinite before the first batch.
+    embeddings, infinite before the first batch. drawn: the images among which a batch's negatives are.
     """
 
-    def __init__(self, student: Shapes, teacher: Shapes, dimension: int, **_):
+    def __init__(self, student: Shapes, teacher: Shapes, dimension: int, negatives: int, **_):
         super().__init__()
         self.embed_student = nn.Linear(student.last_map[0], dimension)
         self.embed_teacher = nn.Linear(teacher.last_map[0], dimension)
@@ -75,6 +75,11 @@ class Contrast(nn.Module):
         self.register_buffer("bank_teacher", torch.empty(n, dimension).uniform_(-bound, bound))
         self.register_buffer("labels", torch.full((n,), -1))
         self.register_buffer("log_z", torch.full((2,), math.inf))
+        self.register_buffer("drawn", torch.arange(min(n, negatives)), persistent=False)
+
+    def draw(self) -> None:
+        """Draw for a batch, in place, from torch's global generator on the CPU."""
+        self.drawn.copy_(send(torch.randperm(len(self.labels))[: len(self.drawn)], self.drawn.device))
 
     @torch.no_grad()
     def normalise(self, log_z: torch.Tensor, positive: torch.Tensor, negative: torch.Tensor) -> None:

@@ -20,7 +20,7 @@ from loss_parts import Contrast, Review, VariationalRegressors, hint_regressor, 
 from outputs import Outputs, Shapes
 from recipes import TRAININGS, Recipe
 from util.bounds import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, YES_OR_NO, Bound
-from util.runtime import Unsuited, UserError, send, widest
+from util.runtime import Unsuited, UserError, widest
 
 
 class Setting(NamedTuple):
@@ -44,7 +44,9 @@ class Loss:
     weight: what it is multiplied with unless a recipe says otherwise: the published weight beside a cross-entropy of
         weight 1, where it is far from 1.
     parts: (student's shapes, teacher's shapes, **settings) -> what the loss itself learns and remembers. It is trained
-        with the student, kept in the state of an unfinished run, and no part of the student's checkpoint.
+        with the student, kept in the state of an unfinished run, and no part of the student's checkpoint. Its `draw()`,
+        where it has one, is called before each step; on a GPU, where a step is a CUDA graph, what changes from step to
+        step without being computed on the device must be drawn there, into a buffer.
     remembers: its parts remember single images, so that it has no use for mixtures of two.
     reuses: it is for a student whose projected map has the teacher's own classifier, models.ReusingStudent.
     """
@@ -480,13 +482,12 @@ def crd(
     s = F.normalize(parts.embed_student(pooled(student.last_map)))
     t = F.normalize(parts.embed_teacher(pooled(teacher.last_map.detach())))
     parts.labels[teacher.index] = labels
-    drawn = send(torch.randperm(len(parts.labels))[:negatives], labels.device)
-    other = parts.labels[drawn] != labels.unsqueeze(1)
+    other = parts.labels[parts.drawn] != labels.unsqueeze(1)
     log_ratio = math.log(negatives / len(parts.labels))
     total = 0
     for anchor, bank, log_z in ((s, parts.bank_teacher, parts.log_z[0]), (t, parts.bank_student, parts.log_z[1])):
         positive = (anchor * bank[teacher.index]).sum(1) / T
-        negative = (anchor @ bank[drawn].T / T).masked_fill(~other, -math.inf)
+        negative = (anchor @ bank[parts.drawn].T / T).masked_fill(~other, -math.inf)
         parts.normalise(log_z, positive, negative)
         told = -F.logsigmoid(positive - log_z - log_ratio)
         refused = -F.logsigmoid(log_ratio + log_z - negative).sum(1) / other.sum(1).clamp(min=1)

@@ -100,7 +100,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--teacher_augment", action="store_true", help="train the teacher with random crop and flip")
     cli.add_val_flag(parser)
     cli.add_teacher_cache_flag(parser)
-    cli.add_compile_flag(parser)
+    cli.add_speed_flags(parser)
     cli.add_sync_bn_flag(parser)
     cli.add_tensorboard_flag(parser)
     cli.add_data_flags(parser)

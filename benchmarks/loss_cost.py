@@ -5,12 +5,13 @@ so each repeat has its own ratio to kd. Writes loss_cost.json, and RESULTS.md wi
 """
 
 import argparse
+import functools
 import json
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ import models
 from data import Batches, Split
 from recipes import Recipe
 from teacher import Teacher
-from util import runtime
+from util import graphs, runtime
 from util.bounds import COUNT
 from util.runtime import UserError, say
 
@@ -87,7 +88,8 @@ def prepared(args: argparse.Namespace, dataset: data.Dataset, chosen: runtime.Ru
         try:
             reuses = name and losses.LOSSES[name].reuses
             student = built(f"{args.student_arch}+{args.teacher_arch}") if reuses else networks[args.student_arch]
-            yield name or "none", epoch(recipe, student, batches, teacher if name else None, chosen)
+            training = training_of(recipe, student, batches, teacher if name else None, chosen, args.repeats + 1)
+            yield name or "none", functools.partial(next, training)
         except UserError as error:
             say(f"{name} is left out: {error}")
 
@@ -101,14 +103,19 @@ def settle(network: torch.nn.Module, batches: Batches) -> None:
             network(batch.images)
 
 
-def epoch(
-    recipe: Recipe, student: torch.nn.Module, batches: Batches, teacher: Teacher | None, chosen: runtime.Runtime
-) -> Callable[[], None]:
-    """What trains the student for an epoch, at a learning rate that leaves it as it is."""
+def training_of(
+    recipe: Recipe,
+    student: torch.nn.Module,
+    batches: Batches,
+    teacher: Teacher | None,
+    chosen: runtime.Runtime,
+    epochs: int,
+) -> Iterator[dict]:
+    """What trains the student, at each `next` for an epoch, at a learning rate that leaves it as it is."""
     source, objective = jobs.aim(recipe, student, teacher, batches)
-    alpha = torch.full((1, len(batches)), 0.5)
+    alpha = torch.full((epochs, len(batches)), 0.5)
     settings = {"alpha": alpha, "learning_rate": lambda epoch, iteration: 0.0, "runtime": chosen, "teacher": source}
-    return lambda: list(engine.fit(student, batches, objective, **settings))
+    return engine.fit(student, batches, objective, graphs=graphs.possible(chosen), **settings)
 
 
 if __name__ == "__main__":

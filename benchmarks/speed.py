@@ -9,6 +9,7 @@ and of students. Writes speed.json, RESULTS.md and speed.png beside itself.
 
 import argparse
 import ctypes
+import functools
 import json
 import multiprocessing
 import platform
@@ -17,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +42,7 @@ from data import Batches, Split  # noqa: E402
 from outputs import Outputs  # noqa: E402
 from recipes import RECIPES, Recipe  # noqa: E402
 from teacher import Teacher  # noqa: E402
-from util import runtime  # noqa: E402
+from util import graphs, runtime  # noqa: E402
 from util.bounds import COUNT  # noqa: E402
 from util.runtime import Runtime  # noqa: E402
 
@@ -55,6 +56,7 @@ TASKS = {
     "testing, --precision bf16": ("student", 2),
 }
 BATCH = 256
+EPOCHS = 1000  # more than are ever timed
 
 
 def main() -> None:
@@ -92,7 +94,7 @@ def parse() -> argparse.Namespace:
     parser = cli.Parser(description="Time this project beside a textbook loop.")
     parser.add_argument("--images", type=cli.number(COUNT), help="in a repeat; default: 512 on a CPU, all on CUDA")
     parser.add_argument("--repeats", type=cli.number(COUNT), default=3, help="of which the median is taken; default: 3")
-    cli.add_compile_flag(parser)
+    cli.add_speed_flags(parser)
     cli.add_data_flags(parser)
     return parser.parse_args()
 
@@ -129,6 +131,7 @@ class Side:
 
     def __init__(self, args: argparse.Namespace, chosen: Runtime):
         self.runtime, self.device, self.compile = chosen, chosen.device, args.compile == "on"
+        self.graphs = args.cuda_graphs == "on" and graphs.possible(chosen)
         self.dataset = data.load(args.dataset, args.data_dir, args.image_size)
         torch.manual_seed(0)
         self.teacher_network = self.build("teacher")
@@ -200,29 +203,29 @@ class Ours(Side):
         batches = self.batches(n, shuffle=True)
         teacher = self.teacher() if recipe.distils else None
         forward = jobs.forward_of(network, batches, self.runtime) if self.compile else network
-        return lambda: self.epoch(recipe, network, batches, teacher, forward)
+        return functools.partial(next, self.epochs(recipe, network, batches, teacher, forward))
 
-    def epoch(
+    def epochs(
         self,
         recipe: Recipe,
         network: models.CifarResNet,
         batches: Batches,
         teacher: Teacher | None,
         forward: Callable[[torch.Tensor], Outputs],
-    ) -> None:
-        """Train for one epoch; alpha counts nothing here, but that a schedule's first epoch could weigh a term by 0."""
+    ) -> Iterator[engine.Figures]:
+        """Train, at each `next` for an epoch; alpha counts nothing, but that a schedule could weigh a term by 0."""
         source, objective = jobs.aim(recipe, network, teacher, batches)
-        for _ in engine.fit(
+        yield from engine.fit(
             network,
             batches,
             objective,
-            alpha=torch.full((1, len(batches)), 0.7),
+            alpha=torch.full((EPOCHS, len(batches)), 0.7),
             learning_rate=lambda epoch, iteration: 1e-3,
             runtime=self.runtime,
             teacher=source,
             forward=forward,
-        ):
-            pass
+            graphs=self.graphs,
+        )
 
     def test(self, recipe: Recipe, n: int, name: str) -> Callable[[], None]:
         network, batches = self.build(recipe.network), jobs.in_order(self.part(n), self.dataset, self.runtime)
@@ -256,7 +259,7 @@ class Ours(Side):
             for _ in range(students):
                 network = self.build(recipe.network).to(memory_format=torch.channels_last)
                 batches = self.batches(n, shuffle=True)
-                self.epoch(recipe, network, batches, teacher, network)
+                next(self.epochs(recipe, network, batches, teacher, network))
 
         seconds, memory = self.measured(run)
         return {"images": n, "students": students, "seconds": seconds, "memory": memory}

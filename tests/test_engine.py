@@ -202,3 +202,10 @@ def test_what_an_objective_learns_is_trained(digits):
     loss.scale = torch.nn.Parameter(torch.tensor(1.0))
     fit(student(), digits_batches(digits, n=32), objective=loss)
     assert loss.scale.item() == pytest.approx(1.0, abs=0.002) and loss.scale.item() != 1.0  # one step of Adam
+
+
+def test_an_objective_draws_before_each_step(digits):
+    loss, drawn = Loss(F.cross_entropy), []
+    loss.draw = lambda: drawn.append(loss.training)
+    fit(student(), digits_batches(digits), objective=loss, epochs=2)
+    assert len(drawn) == 4

@@ -233,6 +233,7 @@ def test_crd_over_two_steps(changed):
         known[INDEX] = LABELS
         expected = np_crd(banks, embedded, known, drawn, k, z, changed["T"])
         torch.manual_seed(step)
+        module.draw()
         assert value("crd", student, teacher, named=named, **changed).item() == pytest.approx(expected, rel=1e-4)
         for bank, new in zip(banks, embedded, strict=True):
             mixed = momentum * bank[INDEX] + (1 - momentum) * new

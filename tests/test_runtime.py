@@ -14,7 +14,6 @@ from torch import nn
 
 from outputs import Outputs
 from util import processes, runtime
-from util.processes import Processes
 from util.runtime import Runtime, UserError
 
 CPU = torch.device("cpu")
@@ -284,15 +283,6 @@ def print_to_closed(result):
 
 def test_no_file_takes_the_place_of_a_closed_stderr():
     assert in_a_process(print_to_closed) > 2
-
-
-@pytest.mark.filterwarnings("ignore:User provided device_type")
-def test_compiled_passes_are_cuda_graphs_on_cuda_alone(monkeypatch):
-    modes = []
-    monkeypatch.setattr(torch, "compile", lambda network, *, mode, **_: modes.append(mode) or network)
-    for device, size in (("cpu", 1), ("cuda", 1), ("cuda", 2)):
-        runtime.compiled(Small(), (4, 3, 8, 8), Runtime(torch.device(device), "fp32", Processes(0, size)))
-    assert modes == [None, "reduce-overhead", None]
 
 
 def test_say_without_a_stderr(monkeypatch, capsys):

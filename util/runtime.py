@@ -253,24 +253,18 @@ def compiled(
 ) -> Callable[[torch.Tensor], tuple]:
     """The network compiled for images of that shape, channels last; images of another shape go to the network itself.
 
-    On CUDA each pass is one CUDA graph, started as a whole: launched one by one, its kernels take a CPU longer than the
-    GPU needs for them. What a pass gives lasts until the next one. Not of several processes, whose batch norms wait for
-    each other within a pass. trained: it is asked for gradients. Tried out here, on images of zeros, that nothing may
-    fail later (a graph is recorded at the second pass, and replayed at the third); where it fails, a line on stderr and
-    the network.
+    trained: it is asked for gradients. Tried out here, on images of zeros, that nothing may fail later; where it fails,
+    a line on stderr and the network.
     """
     buffers = {name: value.clone() for name, value in network.named_buffers()}
-    graphs = runtime.device.type == "cuda" and runtime.processes.size == 1
-    fast = torch.compile(network, dynamic=False, mode="reduce-overhead" if graphs else None)
+    fast = torch.compile(network, dynamic=False)
     try:
         with runtime.autocast(), torch.set_grad_enabled(trained), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # float32 is meant to be plain
             images = torch.zeros(shape, device=runtime.device).to(memory_format=torch.channels_last)
-            for _ in range(3 if graphs else 1):
-                output = fast(images)[0]  # to try the backward pass any output will do: the first is always there
-                if trained:
-                    network.zero_grad()
-                    output.sum().backward()
+            output = fast(images)[0]  # to try the backward pass any output will do: the first is always there
+            if trained:
+                output.sum().backward()
     except Exception as error:  # a compiler can fail in any way
         reason = str(error).strip().partition("\n")[0]
         say(f"torch.compile failed ({type(error).__name__}: {reason}); going on without it")
