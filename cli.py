@@ -457,28 +457,30 @@ def override(recipe: Recipe, args: argparse.Namespace) -> Recipe:
     """
     refuse_idle(args)
     recipe = under(recipe, args.training)
+    what = f"--loss {args.loss}" if getattr(args, "loss", None) else recipe.job
     names = [part.name for part in fields(Recipe) if "bound" in part.metadata]
     given = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
     for name in ("beta", "gamma"):
         if name in given and recipe.network != "feature_student":
-            raise UserError(f"--{name}: {recipe.job} has no projector for a feature loss; use one of the LDH jobs")
-    given |= _alpha(recipe, given.pop("alpha", None), getattr(args, "schedule", None))
+            raise UserError(f"--{name}: {what} has no projector for a feature loss; use one of the LDH jobs")
+    given |= _alpha(recipe, what, given.pop("alpha", None), getattr(args, "schedule", None))
     settings = {name: getattr(args, name) for name in _settings() if getattr(args, name, None) is not None}
     recipe = replace(recipe, **given, settings={**recipe.settings, **settings})
     losses.settings_of(recipe)
     return recipe
 
 
-def _alpha(recipe: Recipe, number: float | None, schedule: str | None) -> dict[str, Any]:
-    """What --alpha and --schedule change of the recipe. Raises UserError where they contradict each other or it."""
+def _alpha(recipe: Recipe, what: str, number: float | None, schedule: str | None) -> dict[str, Any]:
+    """What --alpha and --schedule change of the recipe, which the user calls so.
+
+    Raises UserError where they contradict each other or it.
+    """
     scheduled = isinstance(recipe.alpha, str) if schedule is None else schedule != "constant"
     if number is not None and scheduled:
         way = schedule or recipe.alpha
-        raise UserError(
-            f"--alpha: the alpha of {recipe.job} is scheduled ({way}); leave it away, or --schedule constant"
-        )
+        raise UserError(f"--alpha: the alpha of {what} is scheduled ({way}); leave it away, or --schedule constant")
     if schedule == "constant" and number is None and isinstance(recipe.alpha, str):
-        raise UserError(f"--schedule constant: the alpha of {recipe.job} is no number; give --alpha as well")
+        raise UserError(f"--schedule constant: the alpha of {what} is no number; give --alpha as well")
     if number is not None:
         return {"alpha": number}
     return {"alpha": schedule} if schedule not in (None, "constant") else {}

@@ -38,9 +38,11 @@ def main() -> None:
     parser.add_argument(
         "--sheet", type=png, metavar="FILE.png", help=f"show up to {ON_A_SHEET} test images on which the runs disagree"
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace a sheet that is there")
     cli.add_data_flags(parser)
     cli.add_results_flag(parser)
     args = parser.parse_args()
+    refuse_idle(args)
 
     report.require()
     runs = read(args.runs, cli.results_dir(args))
@@ -53,6 +55,15 @@ def main() -> None:
             raise UserError("--sheet: the runs can't be compared image by image; name others, or leave it away")
         write_sheet(runs, args)
         say(f"wrote {args.sheet}")
+
+
+def refuse_idle(args: Namespace) -> None:
+    """Raise UserError for flags of the sheet where none is drawn, and for a sheet that is there already."""
+    for flag in ("image_size", "stream", "skip_unreadable", "overwrite"):
+        if getattr(args, flag) and not args.sheet:
+            raise UserError(f"--{flag} is for --sheet; give that, or leave the flag away")
+    if args.sheet and args.sheet.exists() and not args.overwrite:
+        raise UserError(f"{args.sheet} is there; give --sheet another name, or replace it with --overwrite")
 
 
 def png(text: str) -> Path:

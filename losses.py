@@ -646,7 +646,8 @@ def settings_of(recipe: Recipe) -> dict[str, float]:
         )
     for name, value in recipe.settings.items():
         if name not in known:
-            what = " and ".join(terms_of(recipe)) or recipe.job
+            terms = " and ".join(terms_of(recipe))
+            what = f"the loss {terms}" if terms else recipe.job
             has = f"it has {', '.join(known)}" if known else "it has no settings"
             raise UserError(f"--{name}: {what} has no {name}, {has}; leave the flag away")
         try:

@@ -4,6 +4,8 @@ python predict.py --model_job student photo.jpg photos/
 python predict.py --model student.onnx photo.jpg    # what export.py wrote, or any checkpoint of this project
 """
 
+import argparse
+
 import torch
 
 import cli
@@ -28,6 +30,7 @@ def main() -> None:
     cli.add_checkpoint_dir_flags(parser)
     cli.add_device_flag(parser)
     args = parser.parse_args()
+    refuse_idle(args, parser)
 
     if args.model:
         opened = deployed.opened(args.model, args.device, args.trust_pt2)
@@ -48,6 +51,17 @@ def main() -> None:
     problems += _predict(opened, ImageFiles(files, opened.about["image_size"]))
     if problems:
         raise UserError(f"{problems} of what was given can't be read, see above; the others are done")
+
+
+def refuse_idle(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Raise UserError for a flag that says nothing of the model that was given."""
+    own, other = ("model", "model_job") if args.model else ("model_job", "model")
+    flags = ("seed", "dataset", "checkpoint_dir") if args.model else ("trust_pt2",)
+    for flag in flags:
+        if getattr(args, flag) != parser.get_default(flag):
+            raise UserError(f"--{flag} is for --{other}, not for --{own}; leave the flag away")
+    if args.trust_pt2 and args.model.suffix != ".pt2":
+        raise UserError(f"--trust_pt2 is for a .pt2 file, which {args.model} is not; leave the flag away")
 
 
 def _predict(opened: deployed.Opened, images: ImageFiles) -> int:

@@ -141,6 +141,8 @@ def test_runs_by_their_names_and_files(script, folder, tmp_path):
         script("compare.py", STUDENT, KD, "--dataset", "digits"), "results/digits holds no results", "--results_dir"
     )
     refused(script("compare.py", STUDENT, path, "--sheet", "a.jpg"), "a.jpg: a sheet is a PNG")
+    refused(script("compare.py", STUDENT, KD, "--stream"), "--stream is for --sheet; give that, or leave the flag away")
+    refused(script("compare.py", STUDENT, KD, "--image_size", 8), "--image_size is for --sheet")
     (folder / "damaged_seed0.json").write_text("{")
     refused(script("compare.py", STUDENT, "damaged"), "damaged_seed0.json is damaged")
 
@@ -197,6 +199,13 @@ def test_a_sheet(script, tmp_path, digits, drawn):
     assert rights.tolist() == [[True, True, False], [False, False, True]]
     assert names == ["student_seed0, top-1 50.17 %", f"distillation_seed0, top-1 {100 * second.mean():.2f} %"]
     assert title == "3 of the 3 test images that one got right and the other wrong"
+    before = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(b"a photo")
+    ran = script("compare.py", *args)
+    assert ran.code == 2 and ran.err.endswith("give --sheet another name, or replace it with --overwrite\n")
+    assert (tmp_path / "a.png").read_bytes() == b"a photo"
+    assert script("compare.py", *args, "--overwrite").code == 0 and (tmp_path / "a.png").read_bytes() == before
+    drawn.clear()
 
     args[-1] = "b.png"
     put(results, "distillation_LDH", None, dataset="digits", data=numbers, right=first)

@@ -93,6 +93,10 @@ def test_bad_models(script, trained, photos, tmp_path):
         (["--model_job", "nobody"], "nobody"),
         (["--model", bare, "--model_job", "student"], "not allowed with"),
         ([], "--model_job --model"),
+        (["--model", bare, "--seed", 1], "--seed is for --model_job, not for --model; leave the flag away"),
+        (["--model", bare, "--dataset", "digits"], "--dataset is for --model_job"),
+        (["--model", bare, "--trust_pt2"], "--trust_pt2 is for a .pt2 file"),
+        (["--model_job", "student", "--trust_pt2"], "--trust_pt2 is for --model, not for --model_job"),
     ]
     for flags, words in cases:
         ran = script("predict.py", *flags, photos)

@@ -180,6 +180,24 @@ def test_what_runs_at_every_step_is_compiled(script, ready, monkeypatch, flags, 
     assert asked == trained
 
 
+@pytest.mark.parametrize(
+    "flags, graphs",
+    [
+        (["train.py", "--model_job", "student"], ["a step"]),
+        (["train.py", "--model_job", "student", "--cuda_graphs", "off"], []),
+        (["train_distillation.py", "--model_job", "distillation_LDH6"], ["a step"]),
+        (["train_distillation.py", "--model_job", "distillation_LDH6", "--augment"], ["the teacher", "a step"]),
+    ],
+)
+def test_what_runs_at_every_step_is_a_graph_where_it_can_be(script, ready, monkeypatch, flags, graphs):
+    asked = []
+    monkeypatch.setattr(jobs, "possible", lambda runtime: True)
+    for module in (jobs, jobs.engine):
+        monkeypatch.setattr(module, "Graphed", lambda function, name: asked.append(name) or function)
+    assert script(*flags, *ready, "--epochs", 1).code == 0
+    assert asked == graphs
+
+
 # figures
 
 

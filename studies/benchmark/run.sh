@@ -10,7 +10,7 @@
 # Those two are also trained for all 240.
 #
 # For a CPU with two cores: networks so small get more done in two runs side by side, a thread each, than in one with two
-# threads. A GPU has room for more: PROCESSES=8 runs as many.
+# threads. PROCESSES=4 runs as many, for a GPU; they share it better under NVIDIA MPS (nvidia-cuda-mps-control -d).
 set -euo pipefail
 cifar=$(realpath "$1") teacher=$(realpath "$2") out=$(realpath -m "$3")
 cd "$(dirname "$0")/../.."
