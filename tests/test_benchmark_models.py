@@ -274,8 +274,10 @@ def test_the_fast_convolution_and_channels_last_change_nothing(name, bf16, toler
         outputs.logits.square().sum().backward()
         gradients = [parameter.grad for parameter in network.parameters()]
         results.append([outputs.logits, outputs.last_map, *outputs.maps.values(), *gradients])
+    # A gradient that is 0 but for rounding is all rounding.
+    nothing = 1e-9 * max(value.float().norm() for value in results[0])
     for theirs, mine in zip(*results, strict=True):
-        assert (mine.float() - theirs.float()).norm() <= tolerance * theirs.float().norm()
+        assert (mine.float() - theirs.float()).norm() <= tolerance * theirs.float().norm() + nothing
 
 
 def assert_same(outputs: Outputs, expected: Outputs):

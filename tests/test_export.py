@@ -159,7 +159,10 @@ def test_int8(script, student, tmp_path):
     assert whole == exported and abs(int8 - whole) <= 1
     import onnx
 
-    nodes = onnx.load(out).graph.node
+    graph = onnx.load(out).graph
+    weights = [onnx.numpy_helper.to_array(kept) for kept in graph.initializer if kept.name.endswith("weight_quantized")]
+    assert weights and all(abs(kept.astype(int)).max() <= 64 for kept in weights)
+    nodes = graph.node
     made_int8 = {name for node in nodes if node.op_type == "DequantizeLinear" for name in node.output}
     kinds = {node.op_type for node in nodes if made_int8 & set(node.input)}
     assert "Conv" in kinds and "Gemm" in kinds and not kinds & {"MatMul", "Sin"}  # the images are scaled in fp32
