@@ -302,7 +302,7 @@ class Views:
         self.table = torch.empty(n * VIEWS, classes, dtype=self._kind(teacher), device=device)
         self.filled = torch.zeros(n * VIEWS, dtype=torch.bool)  # on the CPU: to ask it is not to wait for the device
         self.seen: set[Path] = set()  # files
-        self.keeps = True
+        self.keeps, self.overflows = True, False
 
     @staticmethod
     def _kind(teacher: Teacher) -> torch.dtype:
@@ -320,7 +320,9 @@ class Views:
         def outputs(batch: Batch) -> Outputs:
             nonlocal current, views
             if batch.epoch != current:
-                current, views = batch.epoch, self._fill(batches, batch.epoch)
+                current, views = batch.epoch, None if self.overflows else self._fill(batches, batch.epoch)
+            if self.overflows:
+                return self.teacher(batch)
             logits = self.table[views[batch.index]]
             return Outputs(logits=logits.float(), **self.teacher.classifier, index=batch.index)
 
@@ -337,6 +339,10 @@ class Views:
             whole = missing if batches.device.type == "cpu" else _filled_up(missing, size)
             for batch in batches.of(whole, epoch, size):
                 self.table[on_device[batch.index]] = self.teacher(batch).logits.to(self.table.dtype)
+            if not self.table[on_device[missing.to(on_device.device)]].isfinite().all():
+                self.overflows = True
+                say("some of the teacher's logits are too large for half precision: it is run at every step")
+                return on_device
             self.filled[views] = True
             self._keep(views[missing])
         return on_device

@@ -349,6 +349,16 @@ def test_views_that_cannot_be_kept_are_told_of_once(digits, make, monkeypatch, c
     assert ["not kept for other runs" in line for line in capfd.readouterr().err.splitlines()] == [True]
 
 
+def test_logits_too_large_for_the_table_are_live(digits, make, capfd, tmp_path):
+    teacher, batches = make(precision="bf16"), batches_of(digits, augment=True)
+    with torch.no_grad():
+        teacher.network.fc.weight.mul_(1e7)
+    given = run_two_epochs(teacher, batches)
+    expected = [teacher(batch).logits for epoch in range(2) for batch in batches.epoch(epoch)]
+    assert torch.cat(given).equal(torch.cat(expected)) and torch.cat(given).abs().max() > 1e5
+    assert capfd.readouterr().err.count("too large for half precision") == 1 and not [*tmp_path.rglob("*.npz")]
+
+
 def test_maps_of_views_are_live(digits, make):
     teacher = make()
     assert teacher.source(batches_of(digits, augment=True), BOTH) is teacher
