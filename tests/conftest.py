@@ -136,3 +136,12 @@ def small_teacher(tmp_path_factory, scaled_like_trained):
     path = tmp_path_factory.mktemp("teacher") / "resnet50.pth"
     checkpoint.save(scaled_like_trained(models.build("teacher", 4)), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def light(tmp_path_factory, scaled_like_trained):
+    """Flags of a teacher of 4 classes and a student that take little time, for what is the same for any networks."""
+    torch.manual_seed(5)
+    path = tmp_path_factory.mktemp("light") / "resnet20.pth"
+    checkpoint.save(scaled_like_trained(models.build("resnet20", 4)), path)
+    return ["--teacher", path, "--teacher_arch", "resnet20", "--student_arch", "resnet20"]

@@ -235,14 +235,15 @@ def test_a_stem_that_the_file_does_not_tell(script, small, tmp_path):
         assert jobs.load(recipe, tmp_path / path, "folder", "standard" if expected else "auto", 8).stem == expected
 
 
-def test_statistics_of_a_teacher(script, small, small_teacher, tmp_path):
+def test_statistics_of_a_teacher(script, small, light):
     """The teacher sees its images normalised as it is told; a run so told is another run."""
 
     def top1(*flags):
-        return script("test.py", "--model_job", "teacher", "--checkpoint", small_teacher, *small, *flags).out
+        tested = ["test.py", "--model_job", "teacher", "--teacher_arch", "resnet20", "--checkpoint", light[1]]
+        return script(*tested, *small, *flags).out
 
     assert top1() != top1("--teacher_mean", "imagenet", "--teacher_std", "0.9,0.8,0.01")
-    flags = ["train_distillation.py", "--teacher", small_teacher, *small, "--epochs", 1]
+    flags = ["train_distillation.py", *light, *small, "--epochs", 1]
     assert script(*flags, "--teacher_mean", "0.5,0.5,0.5", "--teacher_std", "imagenet").code == 0
     refused(script(*flags), "teacher.normalisation")
     raw = ["--teacher_mean", "0,0,0", "--teacher_std", "1,1,1"]  # pixels from 0 to 1, as many a teacher is fed

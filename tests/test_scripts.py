@@ -251,10 +251,10 @@ def test_printed_loss_is_the_formula(script, small, small_teacher, recipe):
     assert losses_of(ran.out) == pytest.approx(expected_losses(recipe, small[3], small_teacher, 3), abs=1e-4)
 
 
-def test_flags_change_the_loss(script, small, small_teacher):
+def test_flags_change_the_loss(script, small, light):
     def loss(*flags):
-        args = ["--teacher", small_teacher, "--epochs", 1, "--learning_rate", 1e-12, "--batch_size", 40, "--overwrite"]
-        return losses_of(script("train_distillation.py", *small, *args, *flags).out)[0]
+        args = ["--epochs", 1, "--learning_rate", 1e-12, "--batch_size", 40, "--overwrite"]
+        return losses_of(script("train_distillation.py", *small, *light, *args, *flags).out)[0]
 
     logits = {loss(*flags) for flags in ([], ["--alpha", 0.2], ["--T", 5], ["--seed", 3], ["--schedule", "per epoch"])}
     maps = {loss("--model_job", "distillation_LDH", *flags) for flags in ([], ["--beta", 0.1], ["--gamma", 0.3])}
@@ -270,8 +270,8 @@ def test_runs_repeat_themselves_and_seeds_differ(script, small, tmp_path):
     assert weights(1) == weights(1) != weights(2)
 
 
-def test_augmented_images_are_other_images(script, small, small_teacher):
-    common = [*small, "--teacher", small_teacher, "--epochs", 1, "--learning_rate", 1e-12, "--batch_size", 40]
+def test_augmented_images_are_other_images(script, small, light):
+    common = [*small, *light, "--epochs", 1, "--learning_rate", 1e-12, "--batch_size", 40]
     common += ["--overwrite"]
     plain = losses_of(script("train_distillation.py", *common).out)
     augmented = script("train_distillation.py", "--augment", *common)
