@@ -384,10 +384,14 @@ def work(network: str, dataset: data.Dataset, training: bool, precision: str) ->
 
 
 def peaks(chosen: Runtime) -> dict[str, float]:
-    """What the device reaches: operations a second of a large matrix product, bytes a second of a large copy."""
+    """What the device reaches: operations a second of a large matrix product, bytes a second of a large copy.
+
+    In bf16 only where the runtime is: a processor without it would take minutes for one product.
+    """
     device, n = chosen.device, 8192 if chosen.device.type == "cuda" else 3072
     found = {}
-    for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+    kinds = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if chosen.precision == "bf16" else {})
+    for name, kind in kinds.items():
         a, b = (torch.randn(n, n, device=device, dtype=kind) for _ in range(2))
         found[name] = 2 * n**3 / fastest(lambda a=a, b=b: a @ b, device)
     source = torch.randn((1 << 30 if device.type == "cuda" else 1 << 27), device=device)
@@ -476,6 +480,7 @@ def speed_section(measured: dict) -> list[str]:
         share = f"{100 * floor * task['rate']['ours']:.0f} %"
         rows.append(f"| {name} | {' | '.join(rates)} | {task['ratio']:.1f}x | {share} | {' | '.join(memory)} |")
     cache = measured["cache"]
+    reached = [f"{peak[name] / 1e9:,.0f} GFLOP/s in {name}" for name in ("bf16", "fp32") if name in peak]
     grown = ["| images | students | seconds | memory, GB |", "|---:|---:|---:|---:|"]
     for run in [*measured["by_images"].values(), *list(measured["by_students"].values())[1:]]:
         grown.append(f"| {run['images']:,} | {run['students']} | {run['seconds']:.1f} | {run['memory'] / 1e9:.2f} |")
@@ -489,9 +494,9 @@ def speed_section(measured: dict) -> list[str]:
         "teacher's cache being there. The scripts test in fp32 unless told otherwise. Memory: the highest resident, or "
         "on CUDA allocated, during a first run.",
         "\n".join(rows),
-        f"Measured on the spot: {peak['bf16'] / 1e9:,.0f} GFLOP/s in bf16, {peak['fp32'] / 1e9:,.0f} in fp32 (a matrix "
-        f"product), {peak['bytes'] / 1e9:,.0f} GB/s (a copy). The roofline counts what the convolutions must do, on "
-        "pixels and not on the zeros around them, with all else fused into them; for distilling, the student's part.",
+        f"Measured on the spot: {' and '.join(reached)} (a matrix product), {peak['bytes'] / 1e9:,.0f} GB/s (a copy). "
+        "The roofline counts what the convolutions must do, on pixels and not on the zeros around them, with all else "
+        "fused into them; for distilling, the student's part.",
         f"The teacher's cache, logits and maps of {cache['images']:,} images: {cache['making']:.1f} s, beside "
         f"{cache['pass']:.1f} s of one pass of the teacher ({cache['making'] / cache['pass']:.2f}x).",
         "Distilling (distillation_LDH6), one epoch a student, the teacher's cache made anew each time and included:",
