@@ -29,6 +29,8 @@ from util.runtime import Diverged, Runtime, Stopped, UserError, say
 SEED = Bound(int, "a whole number from 0 to 2^32 - 1", lambda x: 0 <= x < 2**32)
 BELOW_1 = Bound(float, "a number from 0 to below 1", lambda x: 0 <= x < 1)
 
+OWN_NETWORKS = {"teacher": "resnet50", "student": "resnet18"}  # of the rows, by the names that the field has for them
+
 # What other projects call a flag, and what it is here.
 OTHER_NAMES = {
     "lr": "learning_rate", "base_lr": "learning_rate", "bs": "batch_size", "batch": "batch_size",
@@ -236,10 +238,20 @@ def with_networks(recipe: Recipe, args: argparse.Namespace, teacher: Recipe | No
 
     Raises UserError for a flag without effect.
     """
-    role, other = ("teacher", "student") if recipe.network == "teacher" else ("student", "teacher")
-    if getattr(args, f"{other}_arch") and teacher is None:
+    if teacher is None:
+        _ensure_one_network(recipe, args)
+    return of_arch(recipe, getattr(args, f"{_role(recipe)}_arch"), teacher)
+
+
+def _role(recipe: Recipe) -> str:
+    return "teacher" if recipe.network == "teacher" else "student"
+
+
+def _ensure_one_network(recipe: Recipe, args: argparse.Namespace) -> None:
+    """Refuse the other role's network beside a recipe that has none. Raises UserError."""
+    other = "student" if _role(recipe) == "teacher" else "teacher"
+    if getattr(args, f"{other}_arch"):
         raise UserError(f"--{other}_arch: {recipe.job} trains no {other}; leave the flag away")
-    return of_arch(recipe, getattr(args, f"{role}_arch"), teacher)
 
 
 def of_arch(recipe: Recipe, name: str | None, teacher: Recipe | None = None) -> Recipe:
@@ -247,7 +259,7 @@ def of_arch(recipe: Recipe, name: str | None, teacher: Recipe | None = None) -> 
 
     teacher: the recipe of the one that it is distilled from, whose classifier a loss may want the student to reuse.
     """
-    own = "resnet50" if recipe.network == "teacher" else "resnet18"
+    own = OWN_NETWORKS[_role(recipe)]
     others = [teacher.arch] if teacher and teacher.arch else []
     named = renamed(recipe, others if name in (None, own) else [*others, name])
     if teacher and recipe.soft in losses.LOSSES and losses.LOSSES[recipe.soft].reuses:
@@ -504,13 +516,25 @@ def trained(
     """
     folder = checkpoint_dir(args)
     recipe = jobs.recipe_named(args.model_job, args.checkpoint or folder, choices, args.seed)
-    teacher = of_arch(RECIPES["teacher"], args.teacher_arch) if recipe.distils else None
-    if beside_teacher and not recipe.distils and recipe.network != "teacher":
+    if args.model_job not in choices:
+        _ensure_network(recipe, args)
+        if not beside_teacher or recipe.network == "teacher":
+            _ensure_one_network(recipe, args)
+    elif beside_teacher and not recipe.distils and recipe.network != "teacher":
         recipe = of_arch(recipe, args.student_arch)
     else:
+        teacher = of_arch(RECIPES["teacher"], args.teacher_arch) if recipe.distils else None
         recipe = with_networks(recipe, args, teacher)
     file = args.checkpoint or jobs.checkpoint_path(recipe, folder, args.seed)
     return recipe, file, jobs.load(recipe, file, args.dataset, args.stem, args.image_size)
+
+
+def _ensure_network(recipe: Recipe, args: argparse.Namespace) -> None:
+    """Refuse another network than a run with a name of its own has, as its checkpoint says. Raises UserError."""
+    role = _role(recipe)
+    told, own = getattr(args, f"{role}_arch"), (recipe.arch or OWN_NETWORKS[role]).partition("+")[0]
+    if told not in (None, own):
+        raise UserError(f"--{role}_arch {told}: {recipe.job} is a {own}; leave the flag away")
 
 
 def with_statistics(args: argparse.Namespace, recipe: Recipe, network: jobs.Trained) -> jobs.Trained:

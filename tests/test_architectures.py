@@ -135,7 +135,8 @@ def test_simkd_from_the_flags_to_the_test(script, small, tmp_path):
     folder, name = tmp_path / "checkpoints" / "folder", "simkd_alpha0_resnet8x4_resnet20"
     teacher, student = (torch.load(folder / f"{job}.pth", weights_only=True) for job in ("teacher_resnet8x4", name))
     assert all(torch.equal(student[key], teacher[key]) for key in ("fc.weight", "fc.bias"))
-    assert script("test.py", "--model_job", name, *small).out.splitlines() == ran.out.splitlines()[-2:]
+    for same in ([], ["--student_arch", "resnet20"]):
+        assert script("test.py", "--model_job", name, *same, *small).out.splitlines() == ran.out.splitlines()[-2:]
     result = json.loads((tmp_path / "results" / "folder" / f"{name}_seed0.json").read_text())
     assert result["recipe"]["arch"] == "resnet20+resnet8x4"
     assert result["extra_parameters"] == 64 * 128 + 128 * 128 * 9 + 128 * 256 + 2 * (128 + 128 + 256)
@@ -156,8 +157,11 @@ def test_two_other_networks_from_the_flags_to_the_test(script, small, tmp_path):
     assert {path.name for path in folder.glob("*.pth")} == {"teacher_resnet8x4.pth", f"{name}.pth"}
     assert not any(key.startswith("proj") for key in torch.load(folder / f"{name}.pth", weights_only=True))
     tested = ran.out.splitlines()[-2:]
-    for flags in (["--model_job", name], ["--model_job", "distillation_LDH6", *pair]):
+    by_name = ["--model_job", name]
+    for flags in (by_name, [*by_name, "--student_arch", "vgg8"], ["--model_job", "distillation_LDH6", *pair]):
         assert script("test.py", *flags, *small).out.splitlines() == tested
+    refused(script("test.py", *by_name, "--student_arch", "vgg13", *small), f"vgg13: {name} is a vgg8; leave the flag away")
+    refused(script("test.py", *by_name, *pair, *small), "--teacher_arch", "leave the flag away")
     result = json.loads((tmp_path / "results" / "folder" / f"{name}_seed0.json").read_text())
     assert (result["recipe"]["network"], result["recipe"]["arch"], result["stem"]) == (
         "feature_student",
