@@ -27,6 +27,7 @@ from torchvision.models import get_model_weights
 
 import models
 from models import TITLES
+from util import runstate
 from util.files import replacing, sha256
 from util.runtime import UserError, say
 
@@ -84,6 +85,7 @@ FOREIGN = {
     rb"\x08\x01\x12|\n[^\n]{1,2}\n.[\w/]+\x12.[A-Z]\w+": "a TensorFlow model, not a checkpoint of PyTorch",
     rb"....TFL3": "a TensorFlow Lite model, not a checkpoint of PyTorch",
     rb"\x93NUMPY": "a NumPy array, not a checkpoint of PyTorch",
+    runstate.MAGIC: "the state of a run that was not finished; finish that with --resume, which makes its checkpoint",
     rb"GGUF": "a GGUF file, not a checkpoint of PyTorch",
 }
 

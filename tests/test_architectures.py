@@ -160,7 +160,8 @@ def test_two_other_networks_from_the_flags_to_the_test(script, small, tmp_path):
     by_name = ["--model_job", name]
     for flags in (by_name, [*by_name, "--student_arch", "vgg8"], ["--model_job", "distillation_LDH6", *pair]):
         assert script("test.py", *flags, *small).out.splitlines() == tested
-    refused(script("test.py", *by_name, "--student_arch", "vgg13", *small), f"vgg13: {name} is a vgg8; leave the flag away")
+    ran = script("test.py", *by_name, "--student_arch", "vgg13", *small)
+    refused(ran, f"--student_arch vgg13: {name} is a vgg8; leave the flag away")
     refused(script("test.py", *by_name, *pair, *small), "--teacher_arch", "leave the flag away")
     result = json.loads((tmp_path / "results" / "folder" / f"{name}_seed0.json").read_text())
     assert (result["recipe"]["network"], result["recipe"]["arch"], result["stem"]) == (

@@ -26,7 +26,7 @@ from test_runstate import mutations
 
 import checkpoint
 from models import TITLES, build
-from util import files
+from util import files, runstate
 from util.runtime import UserError
 
 HINT = "make it with: python train.py"
@@ -741,6 +741,11 @@ def test_a_student_is_not_a_network_of_one_s_own(saved):
 def test_what_is_no_checkpoint_is_called_what_it_is(tmp_path, content, what):
     (tmp_path / "x.pth").write_bytes(content)
     refused(tmp_path / "x.pth", f"x.pth is {what}")
+
+
+def test_the_state_of_a_run_is_no_checkpoint(tmp_path, tiny):
+    runstate.save({"network": tiny.state_dict()}, tmp_path / "x.state")
+    refused(tmp_path / "x.state", "is the state of a run that was not finished; finish that with --resume")
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's, of TorchScript

@@ -3,14 +3,27 @@
 #
 #   studies/schedules/run.sh CIFAR100 TEACHER OUT [FLAGS]
 #
-# As studies/benchmark/run.sh, FLAGS and PROCESSES too. 10 epochs each: some 15 minutes of a CPU core with AVX512_BF16 for
-# the student alone, longer with a live teacher.
+# CIFAR100: a folder with CIFAR-100 as PNGs, train/<class>/* and test/<class>/*. TEACHER, OUT and FLAGS are
+# studies/benchmark/run.sh's, PROCESSES too. Some five hours of two CPU cores with AVX2.
 set -euo pipefail
 cifar=$(realpath "$1") teacher=$(realpath "$2") out=$(realpath -m "$3")
 cd "$(dirname "$0")/../.."
 export OMP_NUM_THREADS=1
-printf '%s\n' student {mse,kd,dkd}_{0.7,per_epoch,per_iteration,first_epoch} | xargs -n 1 -P "${PROCESSES:-2}" \
-    python reproduce.py --suite schedules --data_dir "$cifar" --teacher "$teacher" \
+
+# Every fourth training image of each class, all test images.
+mkdir -p "$out/images"
+ln -sfn "$cifar/test" "$out/images/test"
+for class in "$cifar"/train/*; do
+    into="$out/images/train/$(basename "$class")"
+    mkdir -p "$into"
+    find "$class" -type f | sort | awk 'NR % 4 == 1' | xargs ln -sft "$into"
+done
+
+# In an order in which kd's and dkd's runs find the teacher's logits that the first of them left there.
+jobs=(kd_0.7 student mse_{0.7,per_epoch,per_iteration,first_epoch}
+    kd_{per_epoch,per_iteration,first_epoch} dkd_{0.7,per_epoch,per_iteration,first_epoch})
+for seed in 0 1; do printf "%s --seeds $seed\n" "${jobs[@]}"; done | xargs -L 1 -P "${PROCESSES:-2}" \
+    python reproduce.py --suite schedules --dataset folder --data_dir "$out/images" --teacher "$teacher" \
     --teacher_arch resnet56 --teacher_mean 0.5070,0.4865,0.4409 --teacher_std 0.2673,0.2564,0.2761 \
-    --student_arch resnet20 --training benchmark --epochs 10 --seeds 0 1 "${@:4}" \
+    --student_arch resnet20 --training benchmark --epochs 10 "${@:4}" \
     --checkpoint_dir "$out/checkpoints" --results_dir "$out/results" --jobs
