@@ -6,7 +6,7 @@ import io
 import json
 import re
 import statistics
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -353,6 +353,17 @@ def describe_data(run: Result) -> str:
         f"{run.dataset}, {data['train_images'] + data['val_images']:,} training and {data['test_images']:,} test "
         f"images of {data['image_size']}x{data['image_size']} pixels, {data['classes']} classes"
     )
+
+
+def made_by(runs: Iterable[Result]) -> str:
+    """The commands that made the runs, each once; those that differ in their --jobs alone as one, with all jobs."""
+    commands: dict[tuple[str, str], dict[str, None]] = {}
+    for run in runs:
+        parts = re.fullmatch(r"(.*? --jobs)((?: (?!-)\S+)+)(.*)", run.command)
+        before, jobs, after = parts.groups() if parts else (run.command, "", "")
+        commands.setdefault((before, after), {}).update(dict.fromkeys(jobs.split()))
+    lines = [f"    python {' '.join([before, *jobs])}{after}" for (before, after), jobs in commands.items()]
+    return "Made by:\n\n" + "\n".join(lines)
 
 
 def epochs_csv(result: Result) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from recipes import RECIPES, described, under
 from report.findings import p_value
-from report.results import SETUP, Claimed, Result, Rows, describe_data, otherwise
+from report.results import SETUP, Claimed, Result, Rows, describe_data, made_by, otherwise
 from report.statistics import Comparison, against, binomial_error
 from report.table import gain_cell, interval_notes, lines_as_table, spread
 
@@ -159,8 +159,7 @@ def _heading(suite: Suite) -> str:
         "Device": [f"{run.device}, {run.precision}" for run in suite.runs()],
     }
     lines = [f"- {name}: {'; '.join(dict.fromkeys(values))}" for name, values in facts.items() if values]
-    commands = dict.fromkeys(f"    python {run.command}" for run in suite.runs())
-    return "\n".join(lines) + "\n\nMade by:\n\n" + "\n".join(commands)
+    return "\n".join(lines) + f"\n\n{made_by(suite.runs())}"
 
 
 def _table(suite: Suite) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from recipes import RECIPES, described
 from report.findings import claims_section, findings, p_value
-from report.results import SETUP, Result, Rows, as_csv, describe_data
+from report.results import SETUP, Result, Rows, as_csv, describe_data, made_by
 from report.statistics import Comparison, gains_on_student, noise, standard_error
 
 # Title, the figure of a run, and its format.
@@ -70,8 +70,7 @@ def _heading(rows: Rows) -> str:
         ],
     }
     lines = [f"- {name}: {'; '.join(dict.fromkeys(values))}" for name, values in facts.items() if values]
-    commands = dict.fromkeys(f"    python {run.command}" for run in runs)
-    return "\n".join(lines) + "\n\nMade by:\n\n" + "\n".join(commands)
+    return "\n".join(lines) + f"\n\n{made_by(runs)}"
 
 
 def _table(rows: Rows) -> str:

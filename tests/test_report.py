@@ -120,12 +120,16 @@ def test_single_runs(tmp_path):
 def test_heading(tmp_path):
     put(tmp_path, STUDENT, 59.0)
     put(tmp_path, "teacher", 69.0, device="a GPU", command="train.py --model_job teacher")
+    for job, seed in ((KD, 0), (LDH6, 0), (LDH6, 1)):
+        put(tmp_path, job, 60.0, seed, command=f"reproduce.py --epochs 9 --jobs {job} --seeds {seed}")
     text = report_text(tmp_path)
     assert "cifar100, 50,000 training and 10,000 test images of 32x32 pixels, 100 classes" in text
     assert "- Device: a GPU; a CPU, 2 threads\n" in text
     assert "- Precision: bf16\n" in text
     assert "- Versions: python 3.11.7, torch 2.15.0\n" in text
     assert "    python train.py --model_job teacher\n    python reproduce.py --seeds 0 1 2\n" in text
+    assert f"    python reproduce.py --epochs 9 --jobs {KD} {LDH6} --seeds 0\n" in text
+    assert f"    python reproduce.py --epochs 9 --jobs {LDH6} --seeds 1\n" in text
 
 
 def test_several_seeds(tmp_path):
