@@ -404,7 +404,7 @@ def _trained(
     )  # fmt: skip
     if isinstance(network, models.ReusingStudent) and not keeper.state:
         network.take_classifier(teacher.network)
-    source, objective = aim(recipe, network, teacher, batches)
+    source, objective = aim(recipe, network, teacher, batches, keeper.heed)
     graphs = setup.cuda_graphs and possible(runtime)
     if source is teacher and teacher:  # which then runs at every step
         forward = forward_of(teacher.network, batches, runtime, trained=False) if setup.compile else teacher.network
@@ -492,9 +492,12 @@ def _fresh(recipe: Recipe, setup: Setup, keeper: Keeper, shorter: Result | None)
 
 
 def aim(
-    recipe: Recipe, network: nn.Module, teacher: Teacher | None, batches: Batches
+    recipe: Recipe, network: nn.Module, teacher: Teacher | None, batches: Batches, heed: Callable[[], None]
 ) -> tuple[Callable | None, losses.Objective]:
-    """What engine.fit asks for the teacher's outputs, None without a teacher, and what it minimises."""
+    """What engine.fit asks for the teacher's outputs, None without a teacher, and what it minimises.
+
+    heed: see Teacher.source.
+    """
     if teacher is None:
         return None, losses.Objective(recipe)
     objective = _objective(recipe, network, teacher, batches.size, batches.n_images).to(batches.device)
@@ -504,7 +507,7 @@ def aim(
         raise Unsuited(
             f"the loss {recipe.soft} keeps a memory of its own, which processes don't share; use one process"
         )
-    return teacher.source(batches, losses.needs_of(recipe)), objective
+    return teacher.source(batches, losses.needs_of(recipe), heed), objective
 
 
 def _objective(recipe: Recipe, network: nn.Module, teacher: Teacher, size: int, n_images: int) -> losses.Objective:

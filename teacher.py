@@ -117,12 +117,13 @@ class Teacher:
         with files.locked(self.cache_dir / ".lock", wait=True):
             yield
 
-    def source(self, batches: Batches, needs: frozenset[str]) -> Source:
+    def source(self, batches: Batches, needs: frozenset[str], heed: Callable[[], None] = lambda: None) -> Source:
         """What gives this teacher's outputs fastest for these batches: remembered ones where they can be, else itself.
 
         needs: the outputs that are asked for, by their names in Outputs and of the stages, "stages" meaning each
         of them. What is remembered is shared by all later calls for the same images; of several processes on a machine
-        the first computes it. Of mixed images, which are never seen twice, nothing is.
+        the first computes it. Of mixed images, which are never seen twice, nothing is. heed: called before each batch
+        that is shown to the teacher ahead of the steps, to raise what ends that.
         """
         if self.cache_dir is None or batches.mixing:
             return self
@@ -132,13 +133,13 @@ class Teacher:
                 named - {"stages"} | stages if "stages" in named else named for named in (needs, self.needs)
             )
         if batches.augment:
-            return self._view_source(batches, needs)
+            return self._view_source(batches, needs, heed)
         cache = self.caches.setdefault(batches.fingerprint(), TeacherCache(self))
         with self.runtime.processes.first_on_its_machine():
             cache.fill(batches, needs | self.needs | {"logits"})
         return cache.source(needs) if needs <= cache.values.keys() else self
 
-    def _view_source(self, batches: Batches, needs: frozenset[str]) -> Source:
+    def _view_source(self, batches: Batches, needs: frozenset[str], heed: Callable[[], None]) -> Source:
         key = batches.fingerprint()
         if batches.resizes or not needs <= {"logits"}:  # a resized crop hardly ever comes again
             return self
@@ -146,7 +147,7 @@ class Teacher:
         alone = self.runtime.processes.size == 1
         if key not in self.views and alone and Views.size(self, batches) < free_memory(self.runtime.device) / 2:
             self.views[key] = Views(self, batches)
-        return self.views[key].of(batches) if key in self.views else self
+        return self.views[key].of(batches, heed) if key in self.views else self
 
 
 def _rescaling(shown: Normalisation, wanted: Normalisation, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -313,14 +314,14 @@ class Views:
         """The table's size in bytes."""
         return batches.n_images * VIEWS * teacher.network.num_classes * cls._kind(teacher).itemsize
 
-    def of(self, batches: Batches) -> Source:
-        """A function from a batch of `batches` to the teacher's outputs."""
+    def of(self, batches: Batches, heed: Callable[[], None]) -> Source:
+        """A function from a batch of `batches` to the teacher's outputs. heed: see Teacher.source."""
         current, views = None, None
 
         def outputs(batch: Batch) -> Outputs:
             nonlocal current, views
             if batch.epoch != current:
-                current, views = batch.epoch, None if self.overflows else self._fill(batches, batch.epoch)
+                current, views = batch.epoch, None if self.overflows else self._fill(batches, batch.epoch, heed)
             if self.overflows:
                 return self.teacher(batch)
             logits = self.table[views[batch.index]]
@@ -328,24 +329,32 @@ class Views:
 
         return outputs
 
-    def _fill(self, batches: Batches, epoch: int) -> torch.Tensor:
+    def _fill(self, batches: Batches, epoch: int, heed: Callable[[], None]) -> torch.Tensor:
         """Have the views of that epoch in the table; give each image's place there, on the device."""
         views = torch.arange(batches.n_images) * VIEWS + batches.view_codes(epoch)
         self._read()
         on_device = views.to(self.teacher.runtime.device)
         missing = (~self.filled[views]).nonzero().squeeze(1)
         if len(missing):
-            size = inference_batch(batches.device)
+            size, made = inference_batch(batches.device), 0
             whole = missing if batches.device.type == "cpu" else _filled_up(missing, size)
-            for batch in batches.of(whole, epoch, size):
-                self.table[on_device[batch.index]] = self.teacher(batch).logits.to(self.table.dtype)
-            if not self.table[on_device[missing.to(on_device.device)]].isfinite().all():
-                self.overflows = True
-                say("some of the teacher's logits are too large for half precision: it is run at every step")
-                return on_device
-            self.filled[views] = True
-            self._keep(views[missing])
+            try:
+                for batch in batches.of(whole, epoch, size):
+                    heed()
+                    self.table[on_device[batch.index]] = self.teacher(batch).logits.to(self.table.dtype)
+                    made += len(batch.index)
+            finally:  # what is made is kept where a signal ends it, too
+                self._take(views[missing[:made]])
         return on_device
+
+    def _take(self, views: torch.Tensor) -> None:
+        """Take note that the table has these views, and keep them; where some are infinite there, use none of it."""
+        if not self.table[views.to(self.table.device)].isfinite().all():
+            self.overflows = True
+            say("some of the teacher's logits are too large for half precision: it is run at every step")
+        elif len(views):
+            self.filled[views] = True
+            self._keep(views)
 
     def _read(self) -> None:
         """Fill in what the files have that were not read yet; those that are damaged are left out."""

@@ -475,6 +475,14 @@ def test_a_signal_is_heard_where_there_is_no_terminal(trained, monkeypatch):
     assert runstate.load(trained.path)["position"] == {"epoch": 3}
 
 
+def test_a_signal_is_heeded_between_two_steps(trained):
+    with pytest.raises(Stopped) as stopped, trained.listening():
+        trained.heed()
+        os.kill(os.getpid(), signal.SIGTERM)
+        trained.heed()
+    assert (stopped.value.number, stopped.value.path) == (signal.SIGTERM, trained.path)
+
+
 def test_a_second_wish_stops_at_once(trained):
     with pytest.raises(KeyboardInterrupt), trained.listening():
         os.kill(os.getpid(), signal.SIGINT)

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import shutil
 import signal
 
 import numpy as np
@@ -22,6 +24,7 @@ import mixing
 import models
 import recipes
 import reproduce
+import teacher as teachers
 from data import Batches, Split
 from mixing import Mixing
 from outputs import Outputs
@@ -459,6 +462,33 @@ def test_stopped_in_mid_epoch_and_resumed_the_weights_are_the_same(
         refused(script("train.py", "--model_job", job, *flags, "--epochs", 4, "--resume"), "recipe.epochs: 3 there")
     assert script(script_of(job), "--model_job", job, *flags, "--resume").code == 0
     assert path.read_bytes() == undisturbed
+
+
+def test_a_signal_ends_what_the_teacher_is_shown_ahead(script, small, tmp_path, thin_networks, monkeypatch):
+    """And what it was shown by then is not shown again."""
+    flags = [*small, "--training", "benchmark", "--epochs", 2, "--batch_size", 8, "--learning_rate", 0.01]
+    assert script("train.py", "--model_job", "teacher", "--weights", "none", *flags).code == 0
+    path, shown, call = tmp_path / "checkpoints" / "folder" / "distillation_benchmark.pth", [], Teacher.__call__
+
+    def stop_at_the_second(self, batch):
+        shown.append(batch)
+        if stops and len(shown) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return call(self, batch)
+
+    monkeypatch.setattr(Teacher, "__call__", stop_at_the_second)
+    monkeypatch.setattr(teachers, "inference_batch", lambda device: 4)
+    stops = False
+    assert script("train_distillation.py", *flags).code == 0
+    undisturbed, batches = path.read_bytes(), len(shown)
+    shutil.rmtree(path.parent / "teacher_cache")
+    path.unlink()
+    (tmp_path / "results" / "folder" / "distillation_benchmark_seed0.json").unlink()
+    shown.clear()
+    stops = True
+    assert script("train_distillation.py", *flags).code == 143 and len(shown) == 2
+    assert script("train_distillation.py", *flags, "--resume").code == 0
+    assert path.read_bytes() == undisturbed and len(shown) == batches
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,14 @@ class Keeper:
             self.processes.barrier()
             raise Stopped(self.stop, self.path)
 
+    def heed(self) -> None:
+        """Raise Stopped where a signal asked to stop: of one process alone, in what takes long between two steps.
+
+        The last state stays as it is.
+        """
+        if self.heard:
+            raise Stopped(self.heard, self.path)
+
     def _failed(self) -> Exception | None:
         """Wait until the last state is written; give what kept it from being so."""
         failed = self._written and self._written.exception()
