@@ -4,7 +4,7 @@
 #   studies/schedules/run.sh CIFAR100 TEACHER OUT [FLAGS]
 #
 # CIFAR100: a folder with CIFAR-100 as PNGs, train/<class>/* and test/<class>/*. TEACHER, OUT and FLAGS are
-# studies/benchmark/run.sh's, PROCESSES too. Some five hours of two CPU cores with AVX2.
+# studies/benchmark/run.sh's, PROCESSES too. Some four hours of two CPU cores with AVX2.
 set -euo pipefail
 cifar=$(realpath "$1") teacher=$(realpath "$2") out=$(realpath -m "$3")
 cd "$(dirname "$0")/../.."
