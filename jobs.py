@@ -492,7 +492,11 @@ def _fresh(recipe: Recipe, setup: Setup, keeper: Keeper, shorter: Result | None)
 
 
 def aim(
-    recipe: Recipe, network: nn.Module, teacher: Teacher | None, batches: Batches, heed: Callable[[], None]
+    recipe: Recipe,
+    network: nn.Module,
+    teacher: Teacher | None,
+    batches: Batches,
+    heed: Callable[[], None] = lambda: None,
 ) -> tuple[Callable | None, losses.Objective]:
     """What engine.fit asks for the teacher's outputs, None without a teacher, and what it minimises.
 
