@@ -29,7 +29,7 @@ from util.runtime import Diverged, Runtime, Stopped, UserError, say
 SEED = Bound(int, "a whole number from 0 to 2^32 - 1", lambda x: 0 <= x < 2**32)
 BELOW_1 = Bound(float, "a number from 0 to below 1", lambda x: 0 <= x < 1)
 
-OWN_NETWORKS = {"teacher": "resnet50", "student": "resnet18"}  # of the rows, by the names that the field has for them
+OWN_NETWORKS = {row: name for name, row in models.ROWS_OWN.items()}  # by the names that the field has for them
 
 # What other projects call a flag, and what it is here.
 OTHER_NAMES = {
