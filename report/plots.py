@@ -269,7 +269,7 @@ def cost_plot(suite: Suite) -> bytes:
     """<suite>_cost.png: each student's top-1, with its noise, against milliseconds a step."""
     figure = _figure(height=7)
     axes = figure.add_subplot()
-    points = {name: (suite.step_ms(name), suite.top1(name)) for name in suite.students}
+    points = {name: (ms, suite.top1(name)) for name in suite.students if (ms := suite.step_ms(name))}
     for name, (x, y) in points.items():
         colour = {suite.alone: "#404040", suite.kd: "#2171b5"}.get(name, "#238b45")
         width = 3.5 if len(suite[name]) > 1 else 1.2

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import statistics
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cached_property
@@ -247,6 +248,24 @@ class Rows(dict[str, dict[int, Result]]):
         return Rows({name: seeds for name, seeds in self.items() if not self.first(name).suite})
 
     @property
+    def machines(self) -> dict[str, int]:
+        """How many rows ran on each device in each precision, which is what time and memory depend on."""
+        return Counter(machine for seeds in self.values() for machine in dict.fromkeys(map(_machine, seeds.values())))
+
+    def timed(self, name: str) -> list[Result]:
+        """The row's runs whose time and memory are told: those on the machine on which the most rows ran."""
+        machines = self.machines
+        return [run for run in self[name].values() if _machine(run) == max(machines, key=machines.get)]
+
+    @property
+    def timing_notes(self) -> list[str]:
+        """Which runs time and memory are told of; nothing where it is all of them."""
+        if len(machines := self.machines) == 1:
+            return []
+        most = max(machines, key=machines.get)
+        return [f"**Time and memory are of the runs on {most} alone**, as most rows ran there; results.csv has each's."]
+
+    @property
     def have_several_seeds(self) -> bool:
         """Whether any row has more than one seed."""
         return any(len(seeds) > 1 for seeds in self.values())
@@ -255,6 +274,10 @@ class Rows(dict[str, dict[int, Result]]):
     def are_a_check(self) -> bool:
         """Whether these runs check the pipeline and show nothing else."""
         return self.any_run.dataset == "digits"
+
+
+def _machine(run: Result) -> str:
+    return f"{run.device}, {run.precision}"
 
 
 def _is_plain(run: Result) -> bool:

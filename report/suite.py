@@ -70,12 +70,14 @@ class Suite(Rows):
         run = self.first(name)
         return run.claimed if run.is_of_cifar100s_shape else None
 
-    def step_ms(self, name: str) -> float:
-        """Milliseconds a step: of each run the median over its epochs, and of these the mean.
+    def step_ms(self, name: str) -> float | None:
+        """Milliseconds a step: of each timed run the median over its epochs, and of these the mean.
 
         The median, as the first epoch may compute the teacher's outputs for all, and other work may run beside one.
+        None where no run is timed.
         """
-        return statistics.mean(map(_step_ms, self[name].values()))
+        runs = self.timed(name)
+        return statistics.mean(map(_step_ms, runs)) if runs else None
 
     def otherwise(self, name: str, other: str) -> list[str]:
         """What but for the loss the two rows were trained with that is not the same, or not in all seeds, in words."""
@@ -177,7 +179,8 @@ def _compared(suite: Suite, baseline: str | None) -> dict[str, Comparison]:
 def _cells(suite: Suite, name: str, to_alone: Comparison | None, to_kd: Comparison | None) -> dict[str, str]:
     """The cells of a row under their titles; a column that is empty in all rows is not shown."""
     runs, claimed, student = list(suite[name].values()), suite.claimed(name), not suite.is_teacher(name)
-    kd_ms, memory = suite.kd and suite.step_ms(suite.kd), max(run.peak_memory for run in runs)
+    ms, kd_ms = suite.step_ms(name) if student else None, suite.kd and suite.step_ms(suite.kd)
+    memory = max((run.peak_memory for run in suite.timed(name)), default=0)
     return {
         "loss": suite.label(name),
         "claimed": _claim(claimed) if claimed else "",
@@ -187,8 +190,8 @@ def _cells(suite: Suite, name: str, to_alone: Comparison | None, to_kd: Comparis
         "to the claim": f"{suite.top1(name) - claimed['top1']:+.2f}" if claimed and name not in suite.mixed else "",
         "to the student alone": _difference(to_alone, len(runs)),
         "to kd": _difference(to_kd, len(runs)),
-        "ms a step": f"{suite.step_ms(name):.1f}" if student else "",
-        "of kd's": f"{suite.step_ms(name) / kd_ms:.2f}" if student and kd_ms else "",
+        "ms a step": f"{ms:.1f}" if ms else "",
+        "of kd's": f"{ms / kd_ms:.2f}" if ms and kd_ms else "",
         "parameters of the loss": f"{runs[0].extra_parameters:,}" if suite.loss(name) else "",
         "memory, MiB": f"{memory / 2**20:,.0f}" if student and memory else "",
     }
@@ -252,6 +255,7 @@ def _notes(suite: Suite) -> list[str]:
             notes.append(f"Not compared with {words}, as they were trained otherwise: {', '.join(others)}.")
     return [
         *notes,
+        *suite.timing_notes,
         "ms a step: of each run the median over its epochs; to be trusted where nothing else ran on the device. Where "
         "images are augmented, the first run of a loss of logits runs the teacher for those to come, and takes longer.",
         "parameters of the loss: learnt with the student's and, simkd's apart, no part of it. What a loss remembers is "

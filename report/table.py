@@ -16,6 +16,8 @@ MEASURED: list[tuple[str, Callable[[Result], float], str]] = [
     ("top-5", lambda run: run.test["top5"], ".2f"),
     ("Test Loss", lambda run: run.test["test_loss"], ".8f"),
     ("mean CE", lambda run: run.test["mean_ce"], ".4f"),
+]
+TIMED: list[tuple[str, Callable[[Result], float], str]] = [
     ("seconds", lambda run: run.seconds, ",.1f"),
     ("images/s", lambda run: run.images_per_second, ",.0f"),
 ]
@@ -91,10 +93,14 @@ def lines_as_table(lines: list[dict[str, str]], always: list[str]) -> str:
 def _cells(rows: Rows, name: str, gain: Comparison | None) -> dict[str, str]:
     """The cells of a row under their titles; a column that is empty in all rows is not shown."""
     runs, reference = list(rows[name].values()), reference_of(rows, name)
-    measured = [(title, [figure(run) for run in runs], form) for title, figure, form in MEASURED + HELD_OUT]
+    measured = [
+        (title, [figure(run) for run in of], form)
+        for columns, of in ((MEASURED, runs), (TIMED, rows.timed(name)), (HELD_OUT, runs))
+        for title, figure, form in columns
+    ]
     return {
         "job": name,
-        **{title: "" if None in values else spread(values, form) for title, values, form in measured},
+        **{title: spread(values, form) if values and None not in values else "" for title, values, form in measured},
         "epochs": ", ".join(dict.fromkeys(str(run.recipe["epochs"]) for run in runs)),
         "gain": gain_cell(gain, len(runs)) if gain else "",
         "McNemar p": ", ".join(map(p_value, gain.mcnemar.values())) if gain else "",
@@ -144,6 +150,7 @@ def _notes(rows: Rows) -> list[str]:
     ]
     if rows.have_several_seeds:
         notes.append("±: the sample standard deviation (n - 1) over the seeds.")
+    notes += rows.timing_notes
     if not rows.are_a_check:
         notes.append("Which rows' original code is known, and which follow from a line of text, is told in README.")
     return notes + _gain_notes(rows) + _held_out_notes(rows) + _unlike_notes(rows) + _departure_notes(rows)

@@ -132,6 +132,18 @@ def test_heading(tmp_path):
     assert f"    python reproduce.py --epochs 9 --jobs {LDH6} --seeds 1\n" in text
 
 
+def test_seconds_are_of_one_machine(tmp_path):
+    for job in (STUDENT, KD, LDH6):
+        put(tmp_path, job, 60.0)
+    for job, seed in ((KD, 1), ("teacher", 0)):
+        put(tmp_path, job, 62.0, seed, seconds=10.0, images_per_second=99999.0, device="a GPU")
+    rows = rows_of(tmp_path)
+    assert rows[KD]["top-1"] == "61.00 ± 1.41"
+    assert [rows[KD][title] for title in ("seconds", "images/s")] == ["1,612.3", "4,083"]
+    assert [rows["teacher"][title] for title in ("seconds", "images/s")] == ["", ""]
+    assert "- **Time and memory are of the runs on a CPU, 2 threads, bf16 alone**" in report_text(tmp_path)
+
+
 def test_several_seeds(tmp_path):
     put(tmp_path, "teacher", 70.0)
     for seed, top1 in enumerate([59.0, 60.0, 61.0]):

@@ -123,6 +123,21 @@ def test_a_step_is_a_median_over_epochs(tmp_path):
     assert rows_of(tmp_path)[1]["kd"]["ms a step"] == "10.0"
 
 
+def test_time_and_memory_are_of_one_machine(tmp_path):
+    for loss in (None, "kd", "crd"):
+        put_run(tmp_path, loss, 60.0, 0, val={"seconds": 78.2}, device="a slow one")
+    put_run(tmp_path, "kd", 61.0, 1, val={"seconds": 7.82}, device="a fast one", peak_memory=9 << 20)
+    put_run(tmp_path, "dkd", 62.0, 1, val={"seconds": 7.82}, device="a fast one", peak_memory=9 << 20)
+    text, rows = rows_of(tmp_path)
+    assert rows["kd"]["top-1"].startswith("60.50") and rows["kd"]["seeds"] == "2"
+    assert [rows[loss]["ms a step"] for loss in rows] == ["100.0", "100.0", "100.0", ""]
+    assert [rows[loss]["of kd's"] for loss in rows] == ["1.00", "1.00", "1.00", ""]
+    assert [rows[loss]["memory, MiB"] for loss in rows] == ["3", "3", "3", ""]
+    assert "- **Time and memory are of the runs on a slow one, bf16 alone**, as most rows ran there;" in text
+    # One that has no place in it is left out of the plot of accuracy against cost.
+    assert plots.cost_plot(*suite.suites_of(results.read(tmp_path)))
+
+
 def test_differences_are_tested(tmp_path):
     data = {**TEN, "test_images": 20}
     for loss, count in ((None, 4), ("kd", 10), ("dkd", 11)):
