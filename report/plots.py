@@ -256,10 +256,13 @@ def _mean_curve(runs: Iterable[Result], name: str) -> list[float]:
 
 
 def _drops(rows: Rows) -> list[float]:
-    """Where the students' learning rate drops, halfway between two epochs; the teacher's own drops if it is alone."""
-    students = rows.students or list(rows)
+    """Where the students' learning rate drops, halfway between two epochs; the teacher's own drops if it is alone.
+
+    A cosine's falls at every step, which is no drop.
+    """
+    runs = [run for name in rows.students or rows for run in rows[name].values()]
     found = set()
-    for run in (run for name in students for run in rows[name].values()):
+    for run in (run for run in runs if run.recipe.get("schedule") != "cosine"):
         rates = [epoch.get("learning_rate") for epoch in run.epochs]
         found |= {i + 0.5 for i in range(1, len(rates)) if rates[i] != rates[i - 1]}
     return sorted(found)

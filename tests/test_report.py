@@ -916,3 +916,5 @@ def test_learning_rate_drops(tmp_path):
     run = Result.read(put(tmp_path, STUDENT, 59.0, epochs=3))
     run.epochs[2]["learning_rate"] = 0.0001
     assert plots._drops(results.Rows({STUDENT: {0: run}})) == [2.5]
+    run.recipe["schedule"] = "cosine"  # falls at every step: no lines over the whole plot
+    assert plots._drops(results.Rows({STUDENT: {0: run}})) == []
