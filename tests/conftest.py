@@ -1,6 +1,7 @@
 """Shared by the tests: the repo's modules, the digits, and the scripts as a user runs them. No network, no GPU."""
 
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # In front: the standard library has a package `test` of its own.
 sys.path.insert(0, str(ROOT))
 sys.modules.pop("test", None)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup all that the tests start would ignore it
 
 import checkpoint  # noqa: E402
 import data  # noqa: E402
