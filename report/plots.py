@@ -10,7 +10,7 @@ import numpy
 
 from recipes import RECIPES
 from report.results import Result, Rows
-from report.statistics import Interval, against, noise, own_intervals
+from report.statistics import Interval, noise, own_intervals
 from report.suite import Suite
 
 # Families of rows by (network, soft loss): a colour each, shades of which tell the rows of a family apart.
@@ -269,7 +269,7 @@ def _drops(rows: Rows) -> list[float]:
 
 
 def cost_plot(suite: Suite) -> bytes:
-    """<suite>_cost.png: each student's top-1, with its noise, against milliseconds a step."""
+    """<suite>_cost.png: each student's top-1, with its noise, against milliseconds a step, where that is told of it."""
     figure = _figure(height=7)
     axes = figure.add_subplot()
     points = {name: (ms, suite.top1(name)) for name in suite.students if (ms := suite.step_ms(name))}
@@ -336,7 +336,10 @@ def schedules_plot(suite: Suite) -> bytes:
     losses = suite.scheduled
     cells = {(loss, suite.alpha(name)): name for loss in losses for name in suite.of_loss(loss)}
     alphas = sorted({alpha for _, alpha in cells}, key=lambda alpha: (isinstance(alpha, str), alpha))
-    gains, bold = _gains_on_constant(suite)
+    compared = suite.to_constant()
+    constants = [*filter(None, map(suite.constant, losses))]
+    gains = dict.fromkeys(constants, 0.0) | {name: found.gain for name, found in compared.items()}
+    bold = {name for name, found in compared.items() if found.beyond_noise}
     figure = _figure(height=2.2 + 0.9 * len(losses))
     axes = figure.add_subplot()
     values = [[gains.get(cells.get((loss, alpha)), math.nan) for alpha in alphas] for loss in losses]
@@ -353,19 +356,6 @@ def schedules_plot(suite: Suite) -> bytes:
     axes.set_title(_title(suite, f"Top-1 by loss and schedule, {suite.name}, {_epochs(suite)}"))
     figure.colorbar(image, label="points more than\nwith a constant alpha")
     return _png(figure)
-
-
-def _gains_on_constant(suite: Suite) -> tuple[dict[str, float], set[str]]:
-    """Each row's top-1 less that of its loss with a constant alpha, in points; and which differ beyond noise."""
-    gains, beyond = {}, set()
-    for loss in suite.scheduled:
-        names = suite.of_loss(loss)
-        constant = next((name for name in names if not isinstance(suite.alpha(name), str)), None)
-        if constant:
-            found = against(suite, constant, suite.alike((name for name in names if name != constant), constant))
-            gains |= {constant: 0.0, **{name: comparison.gain for name, comparison in found.items()}}
-            beyond |= {name for name, comparison in found.items() if comparison.beyond_noise}
-    return gains, beyond
 
 
 def _looks(rows: Rows, styles: bool = False) -> dict[str, Look]:

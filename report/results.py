@@ -175,6 +175,11 @@ class Result:
         write_json(asdict(self), path)
 
     @property
+    def machine(self) -> str:
+        """What its time and its memory depend on: the device, and the precision."""
+        return f"{self.device}, {self.precision}"
+
+    @property
     def is_of_the_references_data(self) -> bool:
         """Whether it is of all the images that the reference's figures are of."""
         return self.dataset == "cifar100" and self.is_of_cifar100s_shape
@@ -248,22 +253,20 @@ class Rows(dict[str, dict[int, Result]]):
         return Rows({name: seeds for name, seeds in self.items() if not self.first(name).suite})
 
     @property
-    def machines(self) -> dict[str, int]:
-        """How many rows ran on each device in each precision, which is what time and memory depend on."""
-        return Counter(machine for seeds in self.values() for machine in dict.fromkeys(map(_machine, seeds.values())))
+    def machines(self) -> list[str]:
+        """Those on which the rows ran, that of the most rows first."""
+        return [machine for machine, _ in Counter(m for seeds in self.values() for m in _machines(seeds)).most_common()]
 
     def timed(self, name: str) -> list[Result]:
         """The row's runs whose time and memory are told: those on the machine on which the most rows ran."""
-        machines = self.machines
-        return [run for run in self[name].values() if _machine(run) == max(machines, key=machines.get)]
+        return [run for run in self[name].values() if run.machine == self.machines[0]]
 
     @property
     def timing_notes(self) -> list[str]:
         """Which runs time and memory are told of; nothing where it is all of them."""
-        if len(machines := self.machines) == 1:
-            return []
-        most = max(machines, key=machines.get)
-        return [f"**Time and memory are of the runs on {most} alone**, as most rows ran there; results.csv has each's."]
+        most, *others = self.machines
+        note = f"**Time and memory are of the runs on {most} alone**, as most rows ran there; the JSONs have each's."
+        return [note] if others else []
 
     @property
     def have_several_seeds(self) -> bool:
@@ -276,8 +279,8 @@ class Rows(dict[str, dict[int, Result]]):
         return self.any_run.dataset == "digits"
 
 
-def _machine(run: Result) -> str:
-    return f"{run.device}, {run.precision}"
+def _machines(seeds: dict[int, Result]) -> Iterable[str]:
+    return dict.fromkeys(run.machine for run in seeds.values())
 
 
 def _is_plain(run: Result) -> bool:

@@ -33,7 +33,7 @@ class Suite(Rows):
     @property
     def kd(self) -> str | None:
         """The row of kd with a constant alpha; None where it did not run."""
-        return next((name for name in self.of_loss("kd") if not isinstance(self.alpha(name), str)), None)
+        return self.constant("kd")
 
     def loss(self, name: str) -> str | None:
         """The loss that the row is distilled by."""
@@ -46,6 +46,19 @@ class Suite(Rows):
     def of_loss(self, loss: str) -> list[str]:
         """The rows that are distilled by the loss."""
         return [name for name in self.students if self.loss(name) == loss]
+
+    def constant(self, loss: str) -> str | None:
+        """The row of the loss with a constant alpha; None where it did not run."""
+        return next((name for name in self.of_loss(loss) if not isinstance(self.alpha(name), str)), None)
+
+    def to_constant(self) -> dict[str, Comparison]:
+        """Of losses that ran by several alphas: each row against the loss's own with a constant one."""
+        found: dict[str, Comparison] = {}
+        for loss in self.scheduled:
+            if constant := self.constant(loss):
+                names = [name for name in self.of_loss(loss) if name != constant]
+                found |= against(self, constant, self.alike(names, constant))
+        return found
 
     def label(self, name: str) -> str:
         """The row in words, so many as tell it from the suite's others."""
@@ -158,15 +171,19 @@ def _heading(suite: Suite) -> str:
         "Student": [run.recipe.get("arch") or run.recipe["network"] for run in runs],
         "Training": [_training(run) for run in runs],
         "Top-1 of the teacher distilled from": [f"{run.teacher_top1:.2f}" for run in runs if run.teacher_top1],
-        "Device": [f"{run.device}, {run.precision}" for run in suite.runs()],
+        "Device": [run.machine for run in suite.runs()],
     }
     lines = [f"- {name}: {'; '.join(dict.fromkeys(values))}" for name, values in facts.items() if values]
     return "\n".join(lines) + f"\n\n{made_by(suite.runs())}"
 
 
 def _table(suite: Suite) -> str:
-    to_alone, to_kd = _compared(suite, suite.alone), _compared(suite, suite.kd)
-    lines = [_cells(suite, name, to_alone.get(name), to_kd.get(name)) for name in suite]
+    columns = {
+        "to the student alone": _compared(suite, suite.alone),
+        "to kd": _compared(suite, suite.kd),
+        "to its constant": suite.to_constant(),
+    }
+    lines = [_cells(suite, name, {title: found.get(name) for title, found in columns.items()}) for name in suite]
     return lines_as_table(lines, always=["loss", "top-1"])
 
 
@@ -176,7 +193,7 @@ def _compared(suite: Suite, baseline: str | None) -> dict[str, Comparison]:
     return against(suite, baseline, suite.alike(names, baseline)) if baseline else {}
 
 
-def _cells(suite: Suite, name: str, to_alone: Comparison | None, to_kd: Comparison | None) -> dict[str, str]:
+def _cells(suite: Suite, name: str, compared: dict[str, Comparison | None]) -> dict[str, str]:
     """The cells of a row under their titles; a column that is empty in all rows is not shown."""
     runs, claimed, student = list(suite[name].values()), suite.claimed(name), not suite.is_teacher(name)
     ms, kd_ms = suite.step_ms(name) if student else None, suite.kd and suite.step_ms(suite.kd)
@@ -188,8 +205,7 @@ def _cells(suite: Suite, name: str, to_alone: Comparison | None, to_kd: Comparis
         "seeds": str(len(runs)),
         "epochs": _epochs(suite, name),
         "to the claim": f"{suite.top1(name) - claimed['top1']:+.2f}" if claimed and name not in suite.mixed else "",
-        "to the student alone": _difference(to_alone, len(runs)),
-        "to kd": _difference(to_kd, len(runs)),
+        **{title: _difference(found, len(runs)) for title, found in compared.items()},
         "ms a step": f"{ms:.1f}" if ms else "",
         "of kd's": f"{ms / kd_ms:.2f}" if ms and kd_ms else "",
         "parameters of the loss": f"{runs[0].extra_parameters:,}" if suite.loss(name) else "",
@@ -234,6 +250,11 @@ def _notes(suite: Suite) -> list[str]:
         *_interval_notes(suite),
         "p: that there is no difference, over images and seeds, after Holm's correction over the rows of the column.",
     ]
+    if suite.to_constant():
+        notes.append(
+            "to its constant: to the row of the same loss with a constant alpha; what is taken from all rows compared, "
+            "and Holm's correction, are of that loss's rows alone."
+        )
     if claims := [*filter(None, map(suite.claimed, suite))]:
         notes.append("claimed: top-1 that the paper gives for these two networks on CIFAR-100.")
         if any(claim.get("best") for claim in claims):

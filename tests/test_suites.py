@@ -314,6 +314,12 @@ def test_the_map_of_schedules(tmp_path, monkeypatch):
     assert texts[2, 0].get_weight() == "bold" and texts[0, 0].get_weight() == "normal"  # 2 / 2^7
     values = axes.images[0].get_array()
     assert values.filled(-1).tolist() == [[0, -1, pytest.approx(35)], [-1, -1, -1]]
+    # The table tells the same: of the losses by themselves, so without Holm's factor of two.
+    text, rows = rows_of(tmp_path)
+    cells = {row: cells["to its constant"] for row, cells in rows.items()}
+    assert cells.pop("kd, per epoch").startswith("+35.00 [") and {*cells.values()} == {""}
+    assert rows["kd, per epoch"]["to its constant"].endswith("], p 0.0156")
+    assert "- to its constant: to the row of the same loss with a constant alpha;" in text
 
 
 def test_plots_are_files(tmp_path):
