@@ -9,6 +9,10 @@ set -euo pipefail
 cifar=$(realpath "$1") teacher=$(realpath "$2") out=$(realpath -m "$3")
 cd "$(dirname "$0")/../../.."
 export OMP_NUM_THREADS=1
+if [ ! -d "$cifar/train" ]; then
+    echo "run.sh: $cifar has no folder train; give one with CIFAR-100 as PNGs, train/<class>/* and test/<class>/*" >&2
+    exit 2
+fi
 
 # Every fourth training image of each class, all test images.
 mkdir -p "$out/images"
