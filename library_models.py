@@ -71,7 +71,27 @@ def build(name: str, num_classes: int, stem: str) -> "Library":
         # the running statistics would still be mostly those of the start, and a test at chance.
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = max(module.momentum, BN_MOMENTUM)
+    _start_small(network)
     return network
+
+
+LARGE_START = 1.5  # of a last layer: its weights' standard deviation beside that of a fresh nn.Linear
+
+
+def _start_small(network: "Library") -> None:
+    """Start the last layer as nn.Linear starts where its family starts it larger.
+
+    EfficientNet, MNASNet and timm's MobileNetV3 scale it by the number of classes, Inception by a constant. That suits
+    the 1000 classes of ImageNet. For 10 classes the first cross-entropy would be several times ln(10).
+    """
+    sizes = [(m, getattr(m, "out_features", getattr(m, "out_channels", None))) for m in network.modules()]
+    last = [module for module, size in sizes if size == network.num_classes and hasattr(module, "reset_parameters")][
+        -1:
+    ]
+    for layer in last:
+        fresh = (3 * layer.weight[0].numel()) ** -0.5
+        if not layer.weight.is_meta and layer.weight.std(correction=0) > LARGE_START * fresh:
+            layer.reset_parameters()
 
 
 def _family(name: str) -> str:

@@ -1,6 +1,7 @@
 """The libraries' networks by name: that they compute what the library's own do, and their maps, stems and errors."""
 
 import copy
+import math
 import sys
 from typing import NamedTuple
 
@@ -113,6 +114,22 @@ def test_a_copy_in_training_has_a_gradient_for_every_parameter(case):
     assert all(parameter.grad is None for parameter in case.network.parameters())  # it has weights of its own
     with torch.no_grad():
         assert torch.equal(case.network(case.images).logits, case.outputs.logits)
+
+
+@pytest.mark.parametrize(
+    "name", [*list(SIDES)[:-1], "inception_v3", "timm:mobilenetv3_small_100", "timm:test_efficientnet"]
+)
+def test_the_first_loss_is_that_of_equal_probabilities(name):
+    """As the features' scale is that of a network whose batch norms work: in training mode."""
+    if name.startswith("timm:"):
+        pytest.importorskip("timm")
+    torch.manual_seed(0)
+    network = library_models.build(name, 10, "standard").train()
+    scales = [torch.randn(20, 3, side, side) for side in (3, 6, 12)]  # images have structure of every size
+    images = sum(nn.functional.interpolate(part, (96, 96), mode="bilinear") for part in scales)
+    with torch.no_grad():
+        loss = nn.functional.cross_entropy(network(images / 3**0.5).logits, torch.arange(20) % 10)
+    assert loss.item() == pytest.approx(math.log(10), rel=0.15)
 
 
 def test_other_layers_and_layouts(case):
