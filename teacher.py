@@ -7,10 +7,11 @@ are resized, no two views are alike: the teacher runs at every step.
 """
 
 import hashlib
+import io
 import shutil
-import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from outputs import Outputs
 from util import files
 from util.runtime import Runtime, UserError, free_memory, inference_batch, say, send
 
-CACHE_FORMAT = 3
+CACHE_FORMAT = 4
+SEAL_SIZE = len(b"crc32:") + 8  # bytes at the end of a file of remembered outputs
 WILD = 1000  # an image's map is wild where its mean square is so many times the median's
 
 Source = Callable[[Batch], Outputs]
@@ -202,18 +204,23 @@ class TeacherCache:
         paths = {name: self.teacher.cache_dir / f"{key}_{name}.npy" for name in forms}
         try:
             with self.teacher.locked_cache():  # two runs that start together compute it once
-                missing = {name: paths[name] for name in forms if not _is_whole(paths[name], *forms[name])}
-                if missing:
+                values = {name: _opened(paths[name], *form) for name, form in forms.items()}
+                if missing := {name: paths[name] for name, value in values.items() if value is None}:
+                    for path in filter(Path.exists, missing.values()):
+                        say(f"{path} is damaged: the teacher's outputs in it are computed anew")
                     self._write(batches, key, missing, forms)
-                self.values |= {name: self._open(path) for name, path in paths.items()}
+                    values |= {name: _opened(path, *forms[name]) for name, path in missing.items()}
+                if any(value is None for value in values.values()):
+                    raise OSError("what was written reads back as something else")
+                self.values |= {name: self._placed(value) for name, value in values.items()}
                 return True
-        except (UserError, OSError, ValueError) as error:  # no room; another run made room for its own
+        except (UserError, OSError) as error:  # no room; another run made room for its own
             told = " and ".join(name.replace("_", " ") for name in forms)
             say(f"the teacher's {told} are not kept; it is run at every step that needs them ({error})")
             return False
 
-    def _open(self, path: Path) -> torch.Tensor:
-        values = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
+    def _placed(self, values: torch.Tensor) -> torch.Tensor:
+        """The values on the device, if there is room, else as they are."""
         if self.device.type != "cpu" and values.nbytes < free_memory(self.device) / 2:
             return values.to(self.device)
         return values
@@ -225,7 +232,8 @@ class TeacherCache:
         # Half precision halves the files and keeps more digits than bf16 arithmetic gave; fp32 stays plain.
         kind = np.dtype(np.float16 if self.teacher.runtime.precision == "bf16" else np.float32)
         forms = {"logits": ((n, shapes.classes), np.dtype(np.float32))}
-        for name, (channels, height, width) in {"last_map": shapes.last_map, **shapes.maps}.items():
+        maps = {"last_map": shapes.last_map, **shapes.maps} if shapes.last_map else shapes.maps
+        for name, (channels, height, width) in maps.items():
             forms[name] = ((n, height, width, channels), kind)
         return {name: form for name, form in forms.items() if name in names}
 
@@ -240,15 +248,21 @@ class TeacherCache:
         self.teacher.make_room(key, sum(int(np.prod(forms[name][0])) * forms[name][1].itemsize for name in paths))
         with files.replacing_all(list(paths.values())) as opened:
             sinks = dict(zip(paths, opened, strict=True))
-            for name, sink in sinks.items():
-                shape, kind = forms[name]
-                header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(sink, header)
+            sums = {name: _checksum(path.name.encode()) for name, path in paths.items()}
+
+            def write(name: str, content: bytes) -> None:
+                sinks[name].write(content)
+                sums[name] = _checksum(content, sums[name])
+
+            for name in sinks:
+                write(name, _header(*forms[name]))
             for batch in batches.of(torch.arange(batches.n_images), 0, inference_batch(batches.device)):
                 outputs = self.teacher(batch)
                 values = {"logits": outputs.logits, "last_map": outputs.last_map, **outputs.maps}
-                for name, sink in sinks.items():
-                    sink.write(_bytes(values[name], forms[name][1], name))
+                for name in sinks:
+                    write(name, _bytes(values[name], forms[name][1], name))
+            for name, sink in sinks.items():
+                sink.write(_seal(sums[name]))
 
     def _warn_of_wild_maps(self) -> None:
         """A line where a few images' maps are so large that a loss of maps would see nothing else."""
@@ -274,12 +288,35 @@ def _bytes(values: torch.Tensor, kind: np.dtype, name: str) -> bytes:
     return values.to(getattr(torch, kind.name)).contiguous().cpu().numpy().tobytes()
 
 
-def _is_whole(path: Path, shape: tuple[int, ...], kind: np.dtype) -> bool:
+_checksum = zlib.crc32  # of gigabytes of maps, a second for each; SHA-256 takes two, or three
+
+
+def _seal(checksum: int) -> bytes:
+    """The end of a file of outputs whose name, header and values have that checksum."""
+    return b"crc32:%08x" % checksum
+
+
+def _header(shape: tuple[int, ...], kind: np.dtype) -> bytes:
+    """How a file of such an array begins, in NumPy's format."""
+    header = io.BytesIO()
+    fields = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, fields)
+    return header.getvalue()
+
+
+def _opened(path: Path, shape: tuple[int, ...], kind: np.dtype) -> torch.Tensor | None:
+    """The array in the file, memory-mapped. None if the file is missing, damaged, or of another name or form."""
+    header = _header(shape, kind)
+    end = len(header) + int(np.prod(shape)) * kind.itemsize
     try:
-        values = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):  # missing; cut short; not such a file
-        return False
-    return values.shape == shape and values.dtype == kind
+        memory = np.memmap(path, np.uint8, mode="c")
+    except (OSError, ValueError):  # missing; empty
+        return None
+    if len(memory) != end + SEAL_SIZE or memory[: len(header)].tobytes() != header:
+        return None
+    if memory[end:].tobytes() != _seal(_checksum(memory[:end], _checksum(path.name.encode()))):
+        return None
+    return torch.from_numpy(memory[len(header) : end].view(kind).reshape(shape))
 
 
 def _filled_up(indices: torch.Tensor, size: int) -> torch.Tensor:
@@ -294,7 +331,7 @@ class Views:
     """A table of the teacher's logits for each view of each image, filled epoch by epoch as views are first seen.
 
     What one epoch adds to it is also a file in the cache's folder, from which the runs to come, and those beside this
-    one, fill theirs: "views", int64 (n,), which view of which image, and "logits", (n, classes).
+    one, fill theirs: "key", the cache's; "views", int64 (n,), which view of which image; "logits", (n, classes).
     """
 
     def __init__(self, teacher: Teacher, batches: Batches):
@@ -357,16 +394,31 @@ class Views:
             self._keep(views)
 
     def _read(self) -> None:
-        """Fill in what the files have that were not read yet; those that are damaged are left out."""
+        """Fill in what the files have that were not read yet; damaged ones are named and removed."""
         for path in sorted({*self.teacher.cache_dir.glob(f"{self.key}_views_*.npz")} - self.seen):
             self.seen.add(path)
             try:
-                with np.load(path, allow_pickle=False) as file:
-                    views, logits = (torch.from_numpy(file[name]) for name in ("views", "logits"))
-                self.table[views.to(self.table.device)] = logits.to(self.table)
-                self.filled[views] = True
-            except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+                views, logits = self._checked(path)
+            except FileNotFoundError:  # another run made room for its own
                 continue
+            except Exception:  # zipfile and NumPy raise whatever the bytes lead them to
+                say(f"{path} is damaged: the teacher's outputs in it are computed anew")
+                with suppress(OSError):  # read-only
+                    path.unlink()
+                continue
+            self.table[views.to(self.table.device)] = logits.to(self.table.device)
+            self.filled[views] = True
+
+    def _checked(self, path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+        """The views in the file and their logits. Raises what zipfile or NumPy raise, or ValueError, for damage."""
+        with np.load(path, allow_pickle=False) as file:  # zipfile checks each array's CRC-32
+            key, *arrays = (file[name] for name in ("key", "views", "logits"))
+        views, logits = map(torch.from_numpy, arrays)
+        right = str(key) == self.key and views.dtype == torch.int64 and views.ndim == 1 and logits.ndim == 2
+        right = right and logits.dtype == self.table.dtype and logits.shape == (len(views), self.table.shape[1])
+        if not right or not logits.isfinite().all() or (views < 0).any() or (views >= len(self.filled)).any():
+            raise ValueError(f"{path} holds no logits of these views")
+        return views, logits
 
     def _keep(self, views: torch.Tensor) -> None:
         """Write these views' logits into a file. Where that can't be done, a line on stderr, once."""
@@ -380,7 +432,7 @@ class Views:
             with self.teacher.locked_cache():
                 self.teacher.make_room(self.key, logits.nbytes + views.nbytes)
                 with files.replacing(path) as file:
-                    np.savez(file, views=views.numpy(), logits=logits)
+                    np.savez(file, key=np.array(self.key), views=views.numpy(), logits=logits)
         except (UserError, OSError) as error:
             self.keeps = False
             say(f"the teacher's logits of augmented images are not kept for other runs ({error})")

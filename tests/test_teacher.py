@@ -1,17 +1,24 @@
 """What the teacher remembers is what it would say, and never what another teacher said."""
 
+import io
 import os
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+import torchvision
 
 import data
+import jobs
+import library_models
 import models
 import teacher as teachers
 from data import Batches, Split
 from outputs import STAGES
+from recipes import Recipe
 from teacher import Teacher
-from util.runtime import Runtime
+from util.runtime import Runtime, UserError
 
 CPU = torch.device("cpu")
 LOGITS, BOTH = frozenset({"logits"}), frozenset({"logits", "last_map"})
@@ -147,18 +154,44 @@ def test_a_change_is_noticed(digits, make, passes, tmp_path, change):
     assert len(os.listdir(tmp_path / "cache")) == 2  # the files of before made room
 
 
-@pytest.mark.parametrize("damage", ["cut short", "empty", "garbage", "pickle"])
-def test_a_damaged_file_is_made_anew(digits, make, passes, tmp_path, damage):
+def damaged(path, content, damage):
+    """The file's content after that damage."""
+    if damage == "of another":  # of the same form
+        other = path.with_name(path.name.replace("stage4", "last_map"))
+        return other.read_bytes() if other != path else content[:-1]
+    header, seal = content[:128], content[-teachers.SEAL_SIZE :]
+    return {
+        "cut short": content[:-1],
+        "empty": b"",
+        "garbage": b"garbage" * 100,
+        "pickle": b"\x80\x02N.",
+        "zeros": header + bytes(len(content) - 128),
+        "zeros before the seal": header + bytes(len(content) - 128 - len(seal)) + seal,
+        "a bit": content[:-50] + bytes([content[-50] ^ 1]) + content[-49:],
+        "columns first": content.replace(b"'fortran_order': False", b"'fortran_order': True "),
+        "integers": content.replace(b"<f4", b"<i4"),
+        "as written before": content[: -teachers.SEAL_SIZE],
+    }[damage]
+
+
+DAMAGES = ["cut short", "empty", "garbage", "pickle", "zeros", "zeros before the seal", "a bit", "columns first",
+           "integers", "of another", "as written before"]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_made_anew(digits, make, passes, tmp_path, capfd, damage):
     batches = batches_of(digits)
-    make().source(batches, BOTH)
-    for path in (tmp_path / "cache").iterdir():
-        content = path.read_bytes()
-        new = {"cut short": content[:-1], "empty": b"", "garbage": b"garbage" * 100, "pickle": b"\x80\x02N."}[damage]
-        path.write_bytes(new)
-    source = make().source(batches, BOTH)
-    assert len(passes) == 2
+    needs = BOTH | {"stage4"}
+    make().source(batches, needs)
+    contents = {path: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
+    for path, content in contents.items():
+        path.write_bytes(damaged(path, content, damage))
+    source = make().source(batches, needs)
+    assert len(passes) == 2 and capfd.readouterr().err.count("is damaged: the teacher's outputs in it are") >= 2
     batch = next(batches.epoch(0))
-    same(source(batch), make()(batch))
+    same(source(batch), make()(batch)._replace(maps={"stage4": make()(batch).maps["stage4"]}))
+    make().source(batches, needs)
+    assert {path: path.read_bytes() for path in (tmp_path / "cache").iterdir()} == contents and len(passes) == 4
 
 
 def test_an_interrupted_pass_leaves_nothing(digits, make, monkeypatch, tmp_path):
@@ -324,18 +357,48 @@ def test_views_of_another_teacher_are_not_taken(digits, make, tmp_path, change):
     assert before.isdisjoint((tmp_path / "cache").iterdir())  # the files of before made room
 
 
-@pytest.mark.parametrize("damage", ["cut short", "empty", "garbage", "a bit", "pickle"])
-def test_a_damaged_file_of_views_is_left_out(digits, make, passes, tmp_path, damage):
+def rewritten(path, **changed):
+    """The bytes of a sound file like the one at path, with other arrays."""
+    with np.load(path) as arrays:
+        kept = {**arrays, **changed}
+    file = io.BytesIO()
+    np.savez(file, **{name: array for name, array in kept.items() if array is not None})
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "cut short", "empty", "garbage", "a bit", "pickle", "an array alone", "compressed", "encrypted",
+        {"key": None}, {"key": np.array("another")}, {"views": None}, {"views": np.array([-1])},
+        {"views": np.array([10**9])}, {"views": np.zeros((3, 3), np.int64)}, {"logits": np.zeros(7)},
+        {"logits": np.full((40, 10), np.nan, np.float32)},
+    ],
+    ids=lambda damage: damage if isinstance(damage, str) else f"other {'and'.join(damage)}",
+)  # fmt: skip
+def test_a_damaged_file_of_views_is_made_anew(digits, make, passes, tmp_path, capfd, damage):
     batches = batches_of(digits, augment=True)
     expected = run_two_epochs(make(), batches)
     n = len(passes)
-    for path in (tmp_path / "cache").iterdir():
+    paths = [*(tmp_path / "cache").iterdir()]
+    for path in paths:
         content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 1
-        new = {"cut short": content[:-1], "empty": b"", "garbage": b"garbage" * 100, "a bit": content}
-        path.write_bytes(new.get(damage, b"\x80\x02N."))
+        member = content.rindex(b"PK\x01\x02")  # of the directory of members
+        if isinstance(damage, dict):
+            content = rewritten(path, **damage)
+        elif damage == "an array alone":
+            np.save(file := io.BytesIO(), np.zeros(3))
+            content = file.getvalue()
+        elif damage in ("cut short", "empty", "garbage", "pickle"):
+            content = damaged(path, bytes(content), damage)
+        else:
+            content[{"a bit": len(content) // 2, "compressed": member + 10, "encrypted": member + 8}[damage]] ^= 1
+        path.write_bytes(content)
     given = run_two_epochs(make(), batches)
     assert len(passes) == 2 * n and torch.cat(given).equal(torch.cat(expected))
+    assert capfd.readouterr().err.count("is damaged: the teacher's outputs in it are computed anew") == len(paths)
+    assert torch.cat(run_two_epochs(make(), batches)).equal(torch.cat(expected)) and len(passes) == 2 * n
+    assert capfd.readouterr().err == ""
 
 
 def test_views_that_cannot_be_kept_are_told_of_once(digits, make, monkeypatch, capfd, tmp_path):
@@ -387,3 +450,53 @@ def test_view_codes_tell_views_apart(digits):
 def test_batches_filled_up():
     assert teachers._filled_up(torch.tensor([4, 7, 9]), 5).tolist() == [4, 7, 9, 4, 4]
     assert teachers._filled_up(torch.tensor([4, 7]), 2).tolist() == [4, 7]
+
+
+# networks and losses
+
+OF_MAPS = ["mse", "s2t", "simkd", "fitnet", "at", "sp", "reviewkd"]
+# Of each teacher its stem, the images' side, a student for them, and the losses that the pair can't have.
+TEACHERS = {
+    "resnet20": ("small", 16, "resnet20", []),
+    "resnet18": ("standard", 32, "resnet20", ["at", "reviewkd"]),
+    "mobilenet_v3_small": ("small", 16, "resnet20", ["simkd", "at", "reviewkd"]),
+    "timm:test_resnet": ("standard", 64, "resnet20", ["simkd", "at", "reviewkd"]),
+    "vit_b_32": ("standard", 224, "mobilenet_v3_small", OF_MAPS),
+    "timm:test_vit": ("standard", 160, "timm:test_vit", OF_MAPS),
+}
+
+
+def tiny_vit(name, num_classes):
+    """A network of vit_b_32's class that takes little time."""
+    return torchvision.models.VisionTransformer(224, 32, 1, 1, 8, 8, num_classes=num_classes)
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_any_teacher_gives_a_loss_the_same_from_the_cache_and_live_or_is_refused(name, tmp_path, monkeypatch, capfd):
+    stem, side, student, unsuited = TEACHERS[name]
+    if name == "vit_b_32":
+        monkeypatch.setattr(library_models, "_traces", {})
+        monkeypatch.setattr(torchvision.models, "get_model", tiny_vit)
+    torch.manual_seed(0)
+    network = models.build(name, 3, stem).eval()
+    images = torch.randint(256, (6, side, side, 3), dtype=torch.uint8)
+    batches = Batches(Split(images, torch.arange(6) % 3), (0.5,) * 3, (0.5,) * 3, 6, CPU)
+    batch, needs, refused = next(batches.epoch(0)), frozenset({"logits", "last_map", "stages"}), []
+    teacher = Teacher(network, Runtime(CPU, "fp32"), "sha", 50.0, cache_dir=tmp_path, needs=needs)
+    with torch.no_grad():
+        for loss in ("kd", "wkd_l", *OF_MAPS):
+            recipe = Recipe(loss, loss, "feature_student" if loss == "mse" else "student", 1, 1, alpha=0.5)
+            recipe = replace(recipe, soft=None, gamma=1.0) if loss == "s2t" else replace(recipe, soft=loss)
+            recipe = replace(recipe, arch=f"{student}+{name}" if loss == "simkd" else student)
+            try:
+                net = models.build(recipe.arch, 3, models.stem_of(student, "auto", side))
+                source, objective = jobs.aim(recipe, net.eval(), teacher, batches)
+            except UserError as error:
+                assert "\n" not in str(error)
+                refused.append(loss)
+                continue
+            assert source is not teacher
+            outputs = net(batch.images)
+            found = [objective(outputs, of(batch), batch.labels, torch.tensor(0.5))["loss"] for of in (source, teacher)]
+            torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    assert refused == unsuited and "not kept" not in capfd.readouterr().err
