@@ -75,8 +75,9 @@ def fit(
 ) -> Iterator[Figures]:
     """Train the network, and what the objective learns; after each epoch, give that epoch's figures.
 
-    objective: from the student's outputs, the teacher's, the labels, alpha and Batch.mixed to named scalars, each a
-        mean over the batch's images; the one named "loss" is minimised. See losses.Objective.
+    objective: from the student's outputs, the teacher's, the labels, alpha, Batch.mixed and, of several processes, a
+        function that gathers the whole batch, to named scalars, each a mean over the batch's images; the one named
+        "loss" is minimised. See losses.Objective.
     alpha: the weight of the hard labels at each step, (epochs, iterations per epoch): so many epochs there are.
     learning_rate: of an epoch and an iteration in it, from 0. optimiser: made for the parameters that are trained.
     teacher: its outputs for a batch. forward: the network, compiled.
@@ -105,10 +106,10 @@ def fit(
                 bar.update(min(batches.batch_size, batches.n_images - bar.n))
                 if keeper.due():
                     at.iteration, at.seconds = iteration + 1, time.perf_counter() - started
-                    processes.average_buffers(network)
+                    processes.average_buffers(trained)
                     keeper.save(_snapshot(network, objective, optimiser, at, processes))
         # Each process normalised its own parts of the batches; what is kept has the mean of their statistics.
-        processes.average_buffers(network)
+        processes.average_buffers(trained)
         means = at.means(batches.n_images, processes)
         _check_finite(means["train_loss"], trained, epoch)
         figures = {
@@ -167,7 +168,7 @@ class Step:
     ) -> None:
         with self.runtime.autocast():
             student = self.forward(images)
-            terms = self.objective(student, taught, labels, alpha, mixed)
+            terms = self.objective(student, taught, labels, alpha, mixed, self.runtime.processes.gathering(share))
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate
             if "capturable" in group:  # as Adam wants to be told; else it warns

@@ -34,7 +34,6 @@ from util.runstate import Keeper, differences, refuse_difference
 from util.runtime import (
     Diverged,
     Runtime,
-    Unsuited,
     UserError,
     begin_peak_memory,
     compiled,
@@ -405,6 +404,8 @@ def _trained(
     if isinstance(network, models.ReusingStudent) and not keeper.state:
         network.take_classifier(teacher.network)
     source, objective = aim(recipe, network, teacher, batches, keeper.heed)
+    if _synchronises(setup):
+        objective = nn.SyncBatchNorm.convert_sync_batchnorm(objective)
     graphs = setup.cuda_graphs and possible(runtime)
     if source is teacher and teacher:  # which then runs at every step
         forward = forward_of(teacher.network, batches, runtime, trained=False) if setup.compile else teacher.network
@@ -484,8 +485,8 @@ def _fresh(recipe: Recipe, setup: Setup, keeper: Keeper, shorter: Result | None)
             checkpoint.start(network, start_of(recipe, setup), recipe.built, stem_of(recipe, setup))
     if runtime.device.type == "cpu":
         replace_all(network)
-    if _batch_norm(setup) == "whole batch" and processes.size > 1:
-        network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    if _synchronises(setup):
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     elif processes.size > 1 and setup.sync_bn:
         say("batch norm: without CUDA each process normalises its own part of a batch; SyncBatchNorm needs it")
     return network.to(runtime.device, memory_format=torch.channels_last)
@@ -507,10 +508,6 @@ def aim(
     objective = _objective(recipe, network, teacher, batches.size, batches.n_images).to(batches.device)
     if batches.device.type == "cpu":
         replace_all(objective)
-    if batches.processes.size > 1 and any(True for _ in objective.buffers()):
-        raise Unsuited(
-            f"the loss {recipe.soft} keeps a memory of its own, which processes don't share; use one process"
-        )
     return teacher.source(batches, losses.needs_of(recipe), heed), objective
 
 
@@ -552,11 +549,14 @@ def epoch_line(figures: engine.Figures, epochs: int, images: int) -> str:
 
 
 def _batch_norm(setup: Setup) -> str:
-    """What batch norm takes its statistics over; torch's SyncBatchNorm works on CUDA alone."""
+    """What batch norm takes its statistics over."""
     size = setup.runtime.processes.size
-    if size == 1 or (setup.sync_bn and setup.runtime.device.type == "cuda"):
-        return "whole batch"
-    return f"each of {size} parts of a batch"
+    return "whole batch" if size == 1 or _synchronises(setup) else f"each of {size} parts of a batch"
+
+
+def _synchronises(setup: Setup) -> bool:
+    """Whether batch norm's statistics are those of several processes; torch's SyncBatchNorm works on CUDA alone."""
+    return setup.runtime.processes.size > 1 and setup.sync_bn and setup.runtime.device.type == "cuda"
 
 
 def forward_of(

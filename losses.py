@@ -19,6 +19,7 @@ from torch import nn
 from loss_parts import Contrast, Review, VariationalRegressors, hint_regressor, paired_stages
 from outputs import Outputs, Shapes
 from recipes import TRAININGS, Recipe
+from util import processes
 from util.bounds import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, YES_OR_NO, Bound
 from util.runtime import Unsuited, UserError, widest
 
@@ -47,7 +48,11 @@ class Loss:
         with the student, kept in the state of an unfinished run, and no part of the student's checkpoint. Its `draw()`,
         where it has one, is called before each step; on a GPU, where a step is a CUDA graph, what changes from step to
         step without being computed on the device must be drawn there, into a buffer.
-    remembers: its parts remember single images, so that it has no use for mixtures of two.
+    compares_images: its value is no mean over the images, each taken by itself. Of several processes each computes it
+        of the whole batch, then: of labels, index, both networks' logits, and what it needs or projects, and of no
+        other outputs.
+    remembers: its parts remember single images, so that it can't be used with mixtures of two, nor by several
+        processes, each of which would remember other images.
     reuses: it is for a student whose projected map has the teacher's own classifier, models.ReusingStudent.
     """
 
@@ -57,6 +62,7 @@ class Loss:
     projects: bool = False
     weight: float = 1.0
     parts: Callable[..., nn.Module] | None = None
+    compares_images: bool = False
     remembers: bool = False
     reuses: bool = False
 
@@ -265,7 +271,10 @@ def _pearson(x: torch.Tensor, y: torch.Tensor, axis: int) -> torch.Tensor:
 
 
 def logit_loss(
-    function: Callable[..., torch.Tensor], needs: tuple[str, ...] = ("logits",), **settings: Setting
+    function: Callable[..., torch.Tensor],
+    needs: tuple[str, ...] = ("logits",),
+    compares_images: bool = False,
+    **settings: Setting,
 ) -> Loss:
     """The entry of a loss that looks at no feature maps: its own settings, and `standardise`.
 
@@ -287,7 +296,8 @@ def logit_loss(
         return function(student, teacher, labels, **own)
 
     switch = Setting(0, YES_OR_NO, "z-scores of each image's logits, 1 or 0")
-    return Loss(of_logits, needs=needs, settings={**settings, "standardise": switch})
+    settings = {**settings, "standardise": switch}
+    return Loss(of_logits, needs=needs, settings=settings, compares_images=compares_images)
 
 
 def _z_scores(logits: torch.Tensor) -> torch.Tensor:
@@ -546,6 +556,7 @@ LOSSES: dict[str, Loss] = {
     ),
     "dist": logit_loss(
         dist,
+        compares_images=True,
         T=Setting(4.0, POSITIVE, "temperature"),
         inter=Setting(2.0, NOT_NEGATIVE, "weight of the correlation over an image's classes"),
         intra=Setting(2.0, NOT_NEGATIVE, "weight of the correlation over a class's images"),
@@ -576,16 +587,17 @@ LOSSES: dict[str, Loss] = {
         parts=hint_regressor,
     ),
     "at": Loss(at, needs=("stages",), weight=1000.0),
-    "sp": Loss(sp, needs=("last_map",), weight=3000.0),
+    "sp": Loss(sp, needs=("last_map",), compares_images=True, weight=3000.0),
     "rkd": Loss(
         rkd,
         needs=("last_map",),
+        compares_images=True,
         settings={
             "distance_weight": Setting(25.0, NOT_NEGATIVE, "weight of the distances between images"),
             "angle_weight": Setting(50.0, NOT_NEGATIVE, "weight of the angles between images"),
         },
     ),
-    "pkt": Loss(pkt, needs=("last_map",), weight=30000.0),
+    "pkt": Loss(pkt, needs=("last_map",), compares_images=True, weight=30000.0),
     "vid": Loss(
         vid,
         needs=("stages",),
@@ -606,6 +618,7 @@ LOSSES: dict[str, Loss] = {
         },
         weight=0.8,
         parts=Contrast,
+        compares_images=True,
         remembers=True,
     ),
     "reviewkd": Loss(reviewkd, needs=("stages", "last_map"), parts=Review),
@@ -636,13 +649,19 @@ def settings_of(recipe: Recipe) -> dict[str, float]:
     """The settings of the recipe's terms, the recipe's own or else the default.
 
     Raises UserError for one that no term has, one that is out of bounds, and a term whose projector the network lacks;
-    and for a term that remembers images which the training mixes.
+    Unsuited for a term that remembers images, where the training mixes them or several processes share them.
     """
     known = {name: setting for loss in terms_of(recipe).values() for name, setting in loss.settings.items()}
-    if TRAININGS[recipe.training].mixes and any(loss.remembers for loss in terms_of(recipe).values()):
+    remembers = any(loss.remembers for loss in terms_of(recipe).values())
+    if remembers and TRAININGS[recipe.training].mixes:
         raise Unsuited(
             f"{recipe.job}: {recipe.soft} remembers single images, and --training {recipe.training} shows mixtures of "
             "two; take another --training"
+        )
+    if remembers and processes.size() > 1:
+        raise Unsuited(
+            f"{recipe.job}: {recipe.soft} remembers single images, and each of {processes.size()} processes sees "
+            "others; use one process"
         )
     for name, value in recipe.settings.items():
         if name not in known:
@@ -670,7 +689,7 @@ class Objective(nn.Module):
         self.soft, self.beta, self.gamma = recipe.soft, recipe.beta, recipe.gamma
         self.weight, self.sums = weight_of(recipe), recipe.alpha in SUMS
         self.smoothing = TRAININGS[recipe.training].label_smoothing
-        self.terms = {name: (loss.function, loss.own(settings)) for name, loss in terms.items()}
+        self.terms = {name: (loss, loss.own(settings)) for name, loss in terms.items()}
         if student and teacher:
             _refuse_lacking(terms, settings, student, teacher)
         self.parts = nn.ModuleDict(
@@ -694,16 +713,18 @@ class Objective(nn.Module):
         labels: torch.Tensor,
         alpha: torch.Tensor,
         mixed: tuple[torch.Tensor, float] | None = None,
+        gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> dict[str, torch.Tensor]:
         """The terms under their names, each a scalar before its weight, and their weighted sum under "loss".
 
         alpha: a 0-dim tensor. A term that the recipe does not have is not computed. mixed: see cross_entropy; the other
-        terms are told the labels alone, of the images that have the greater part.
+        terms are told the labels alone, of the images that have the greater part. gather: of several processes, from
+        this one's part of a batch, (b, ...), to the whole batch, (B, ...), with gradient.
         """
         hard = cross_entropy(student, labels, mixed, self.smoothing)
         if self.projector:
             student = student._replace(projected=self.projector(student.last_map))
-        values = {name: self._term(name, student, teacher, labels) for name in self.terms}
+        values = {name: self._term(name, student, teacher, labels, gather) for name in self.terms}
         total = hard if self.sums else alpha * hard
         if self.soft:
             total = total + (1 - alpha) * self.weight * values[self.soft]
@@ -713,10 +734,30 @@ class Objective(nn.Module):
             total = total + self.gamma * values["s2t"]
         return {"loss": total, "ce": hard, **values}
 
-    def _term(self, name: str, student: Outputs, teacher: Outputs, labels: torch.Tensor) -> torch.Tensor:
-        function, settings = self.terms[name]
+    def _term(
+        self,
+        name: str,
+        student: Outputs,
+        teacher: Outputs,
+        labels: torch.Tensor,
+        gather: Callable[[torch.Tensor], torch.Tensor] | None,
+    ) -> torch.Tensor:
+        loss, settings = self.terms[name]
         parts = {"parts": self.parts[name]} if name in self.parts else {}
-        return function(student, teacher, labels, **settings, **parts)
+        if gather and loss.compares_images:
+            needs = {"logits", "index", *loss.needed(settings)} | ({"projected"} if loss.projects else set())
+            student, teacher = (_gathered(outputs, needs, gather) for outputs in (student, teacher))
+            labels = gather(labels)
+        return loss.function(student, teacher, labels, **settings, **parts)
+
+
+def _gathered(outputs: Outputs, needs: set[str], gather: Callable[[torch.Tensor], torch.Tensor]) -> Outputs:
+    """Of the outputs those that are needed, for the whole batch; without the others, which are of a part of it."""
+    maps = {name: gather(value) for name, value in outputs.maps.items() if needs & {name, "stages"}}
+    whole = {name: getattr(outputs, name) for name in ("logits", "last_map", "projected", "index")}
+    for name, value in whole.items():
+        whole[name] = gather(value) if name in needs and value is not None else None
+    return outputs._replace(maps=maps, **whole)
 
 
 def _refuse_lacking(terms: dict[str, Loss], settings: dict[str, float], student: Shapes, teacher: Shapes) -> None:

@@ -76,11 +76,16 @@ class Started:
 
 def as_torchrun(n: int, *args, cwd: Path, **options) -> list[Started]:
     """The script as n processes of one run, as torchrun starts them."""
+    return [Started(*args, cwd=cwd, **one, **options) for one in environments(n)]
+
+
+def environments(n: int) -> list[dict[str, str]]:
+    """What torchrun sets in the environment of each of n processes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     run = {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [Started(*args, cwd=cwd, RANK=rank, LOCAL_RANK=rank, **run, **options) for rank in range(n)]
+    return [{key: str(value) for key, value in {**run, "RANK": rank, "LOCAL_RANK": rank}.items()} for rank in range(n)]
 
 
 def _child(command: list[str], cwd: Path, out: Connection, err: Path | None, environment: dict[str, str]) -> None:

@@ -40,7 +40,7 @@ class Loss(torch.nn.Module):
         super().__init__()
         self.function = function
 
-    def forward(self, student, teacher, labels, alpha, mixed):
+    def forward(self, student, teacher, labels, alpha, mixed, gather):
         return {"loss": self.function(student.logits, labels)}
 
 

@@ -1,5 +1,6 @@
 """Several processes compute what one computes, under torchrun, by gloo on the CPU."""
 
+import os
 import re
 import signal
 import subprocess
@@ -9,13 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from as_processes import as_torchrun, thin
+from as_processes import FORKS, as_torchrun, environments, thin
 
+import cli
 import data
+import engine
 import jobs
 import models
+import suites
 from data import Batches, Split
+from losses import LOSSES
 from recipes import RECIPES
+from teacher import Teacher
+from util import processes
 from util.processes import Processes
 from util.runtime import Runtime, UserError
 
@@ -177,6 +184,63 @@ def test_the_gradients_of_uneven_parts_add_up_to_the_whole_batchs(digits, size):
 
     whole = gradient(0, 1)
     torch.testing.assert_close(sum(gradient(rank, size) for rank in range(size)), whole, rtol=1e-9, atol=1e-12)
+
+
+def save_gradients(path, environment=None):
+    """With each loss, at its published weight, a step on a batch of 11: its gradients and figures, into the file.
+
+    Batch norm is as in a test: else it would be that of a part.
+    """
+    os.environ.update(environment or {})
+    torch.set_num_threads(1)
+    where = Runtime(CPU, "fp32", processes.join("cpu"))
+    digits, found = data.load("digits"), {}
+    split = Split(digits.train.images[:11], digits.train.labels[:11])
+    batches = Batches(split, digits.mean, digits.std, 11, CPU, shuffle=True, processes=where.processes)
+    torch.manual_seed(0)
+    teacher = Teacher(models.build("resnet8x4", 10).eval(), where, "sha", 50.0)
+    for name in NO_MEMORY:
+        row = cli.of_arch(suites.published(name), "resnet20", RECIPES["teacher"])
+        torch.manual_seed(1)
+        network = models.build("resnet20+resnet8x4" if name == "simkd" else "resnet20", 10).eval()
+        source, objective = jobs.aim(row, network, teacher, batches)
+        trained, at = torch.nn.ModuleList([network, objective.eval()]), engine.Position()
+        optimiser = torch.optim.SGD(trained.parameters(), lr=0.0)
+        step = engine.Step(trained, network, objective, optimiser, at, where, 1, graphs=False)
+        batch = next(batches.epoch(0))
+        step(batch, source(batch), torch.tensor(0.0), 0.0)
+        gradients = {key: value.grad for key, value in trained.named_parameters() if value.grad is not None}
+        found[name] = gradients, at.means(11, where.processes)
+    torch.save(found, path)
+    processes.leave()
+
+
+NO_MEMORY = [name for name, loss in LOSSES.items() if not loss.remembers]
+
+
+@pytest.fixture(scope="module")
+def as_one_and_as_several(tmp_path_factory):
+    """Whatever save_gradients found in one process, and in each of several, whose parts of the batch are uneven."""
+    folder, n = tmp_path_factory.mktemp("gradients"), 3
+    paths = [folder / f"{rank}.pt" for rank in range(n)]
+    running = [FORKS.Process(target=save_gradients, args=given) for given in zip(paths, environments(n), strict=True)]
+    for process in running:
+        process.start()
+    save_gradients(folder / "alone.pt")
+    for process in running:
+        process.join(60)
+        process.kill()
+    return [weights(path) for path in (folder / "alone.pt", *paths)]
+
+
+@pytest.mark.parametrize("name", NO_MEMORY)
+def test_each_loss_has_the_gradients_and_figures_of_one_process(as_one_and_as_several, name):
+    (expected, figures), *several = [found[name] for found in as_one_and_as_several]
+    for gradients, given in several:
+        assert given == pytest.approx(figures, rel=1e-4) and gradients.keys() == expected.keys()
+        largest = max(value.abs().max().item() for value in expected.values())
+        for key, value in gradients.items():
+            torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-5 * largest)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

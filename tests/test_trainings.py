@@ -117,7 +117,7 @@ class Learnt(torch.nn.Module):
         super().__init__()
         self.own = torch.nn.Parameter(torch.tensor(2.0))
 
-    def forward(self, student, teacher, labels, alpha, mixed):
+    def forward(self, student, teacher, labels, alpha, mixed, gather):
         return {"loss": F.cross_entropy(student.logits, labels) + 0 * self.own}
 
 

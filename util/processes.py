@@ -6,7 +6,7 @@ those on Intel's GPUs by xccl.
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -89,10 +89,20 @@ class Processes:
 
     def _sum_together(self, tensors: list[torch.Tensor], weight: float) -> None:
         """The weighted sum over the processes, in place, in one message."""
+        if not tensors:  # as the buffers of a network without batch norm
+            return
         flat = torch.cat([tensor.flatten() for tensor in tensors]).mul_(weight)
         self.all_reduce_sum(flat)
         parts = flat.split([tensor.numel() for tensor in tensors])
         torch._foreach_copy_(tensors, [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)])
+
+    def gathering(self, share: float) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """What makes the whole batch, (B, ...), of the processes' parts of it, (b, ...); None for a process alone.
+
+        share: the part of the batch's images that are this process's. All processes must compute the same scalar from
+        what they gather; then its gradients, averaged by average_gradients, are those of one process.
+        """
+        return (lambda part: _Gathered.apply(part, share, self)) if self.size > 1 else None
 
     def broadcast(self, number: int) -> int:
         """The number that the main process gives."""
@@ -139,6 +149,25 @@ class Processes:
         yield
         if local_rank() == 0:
             self.barrier()
+
+
+class _Gathered(torch.autograd.Function):
+    """The parts of a batch as Batches parts it, joined."""
+
+    @staticmethod
+    def forward(ctx, part: torch.Tensor, share: float, processes: Processes) -> torch.Tensor:
+        n = round(len(part) / share)
+        start = processes.rank * (n // processes.size) + min(processes.rank, n % processes.size)
+        ctx.own, ctx.share = slice(start, start + len(part)), share
+        whole = part.new_zeros(n, *part.shape[1:])
+        whole[ctx.own] = part
+        processes.all_reduce_sum(whole)
+        return whole
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        # Of one scalar that all processes have, not of a mean over this one's part, which average_gradients expects.
+        return gradient[ctx.own] / ctx.share, None, None
 
 
 @contextmanager
