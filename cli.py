@@ -23,7 +23,7 @@ from recipes import RECIPES, TRAININGS, Recipe, under
 from teacher import Normalisation
 from util import files, processes, runtime, scalars
 from util.bounds import COUNT, NOT_NEGATIVE, POSITIVE, Bound
-from util.processes import Lost
+from util.processes import Lost, NotJoined
 from util.runtime import Diverged, Runtime, Stopped, UserError, say
 
 SEED = Bound(int, "a whole number from 0 to 2^32 - 1", lambda x: 0 <= x < 2**32)
@@ -50,7 +50,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        say(f"{self.prog}: error: {' '.join(message.split())}")
+        _say_error(f"{self.prog}: error: {' '.join(message.split())}")
         self.exit(2)
 
     def parse_args(self, *args, **options) -> argparse.Namespace:
@@ -619,13 +619,15 @@ def _code(main: Callable[[], None], go_on: str) -> int:
         processes.leave()
     except UserError as error:
         code = 2
-        say(f"{name}: error: {error}")
+        _say_error(f"{name}: error: {error}", alone=isinstance(error.__cause__, NotJoined))
+        processes.await_main()
     except Diverged as error:
         code = 1
-        say(f"{name}: error: {error}; no checkpoint was written")
+        _say_error(f"{name}: error: {error}; no checkpoint was written")
+        processes.await_main()
     except Lost as error:
         code = 1
-        say(f"{name}: error: another process of this run is gone ({error}); its state is kept")
+        _say_error(f"{name}: error: another process of this run is gone ({error}); its state is kept")
     except Stopped as error:
         # By name, as Python has no such signal on Windows.
         code = 0 if signal.Signals(error.number).name == "SIGUSR1" else 128 + error.number
@@ -635,3 +637,9 @@ def _code(main: Callable[[], None], go_on: str) -> int:
         code = 130
         say(f"\n{name}: interrupted; no checkpoint was written")
     return code
+
+
+def _say_error(line: str, alone: bool = False) -> None:
+    """The line of the error that ends the run, from one of its processes; from each that stays alone."""
+    if alone or processes.fails_first():
+        runtime.say_alone(line)

@@ -51,12 +51,15 @@ def main() -> None:
             run_once(trained_here, replace(setup, augment=args.teacher_augment), None)
         # Before the student's row, so that a teacher that can't be loaded is told of before hours of training.
         loaded = load_teacher(teacher, path, setup, args, distilled) if distilled else None
-        run_rows([row for row in rows if suits(row, setup, args, loaded)], setup, args, loaded)
+        diverged = run_rows([row for row in rows if suits(row, setup, args, loaded)], setup, args, loaded)
         done = True
     finally:
         if chosen.processes.main and (done or stamps(setup) != before):
             for path in report.try_write(setup.results_dir):
                 say(f"wrote {path}")
+    chosen.processes.barrier()  # one that ends with an error ends all
+    if diverged:
+        raise Diverged(f"training diverged: {'; '.join(diverged)}")
 
 
 def stamps(setup: Setup) -> dict[Path, int]:
@@ -230,10 +233,10 @@ def suits(recipe: Recipe, setup: Setup, args: argparse.Namespace, teacher: Teach
     return True
 
 
-def run_rows(rows: list[Recipe], setup: Setup, args: argparse.Namespace, teacher: Teacher | None) -> None:
+def run_rows(rows: list[Recipe], setup: Setup, args: argparse.Namespace, teacher: Teacher | None) -> list[str]:
     """Run what is not finished, row by row and seed by seed; a suite seed by seed, for whole tables early on.
 
-    A suite goes on after a run that diverges, and raises Diverged in the end.
+    Return the runs of a suite that diverged; it goes on after them.
     """
     runs, diverged = [(recipe, seed) for recipe in rows for seed in args.seeds], []
     if args.suite:
@@ -247,8 +250,7 @@ def run_rows(rows: list[Recipe], setup: Setup, args: argparse.Namespace, teacher
                 raise
             say(f"{recipe.job}, seed {seed}: {error}")
             diverged.append(f"{recipe.job}, seed {seed}")
-    if diverged:
-        raise Diverged(f"training diverged: {'; '.join(diverged)}")
+    return diverged
 
 
 def run_once(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> None:

@@ -2,7 +2,8 @@
 
 As a script it is what torchrun starts: as_processes.py CHANGES script.py flags ... CHANGES, separated by commas:
 "thin" makes all networks thin; "frozen_bn" leaves batch norm in eval mode, so that a batch's parts do not depend on
-each other; "die" kills process 1 at its twelfth step, unless torchrun has started it anew; "nohup" ignores SIGHUP.
+each other; "die" kills process 1 at its twelfth step, unless torchrun has started it anew; "fail" has it meet a user's
+mistake at its third; "nohup" ignores SIGHUP.
 """
 
 import multiprocessing
@@ -25,6 +26,7 @@ sys.modules.pop("test", None)
 
 import models  # noqa: E402
 from util import processes, runstate  # noqa: E402
+from util.runtime import UserError  # noqa: E402
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch", "torchvision"])
@@ -104,7 +106,7 @@ def run(changes: str, script: str, *args: str) -> None:
     """Run the script in this process, changed."""
     torch.set_num_threads(1)
     for change in changes.split(","):
-        {"thin": thin, "frozen_bn": freeze_bn, "die": die, "nohup": nohup}[change]()
+        {"thin": thin, "frozen_bn": freeze_bn, "die": die, "fail": fail, "nohup": nohup}[change]()
     sys.argv = [str(ROOT / script), *args]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
@@ -162,6 +164,19 @@ def die() -> None:
         self._failed()
 
     runstate.Keeper.save = save_and_wait
+
+
+def fail() -> None:
+    average, steps = processes.Processes.average_gradients, []
+
+    def once(self, network, share):
+        steps.append(share)
+        if len(steps) == 3 and self.rank == 1:
+            raise UserError("an image of mine is damaged")
+        average(self, network, share)
+
+    processes.Processes.average_gradients = once
+    processes.ENDING = 0.0
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,28 @@ def test_a_users_mistake_is_one_line(small, tmp_path):
     errs = [process.communicate()[1] for process in running]
     assert [process.returncode for process in running] == [2, 2]
     assert errs[0].count("error: argument --alpha") == 1 and errs[1] == ""
+
+
+def test_an_error_of_one_process_ends_all_with_one_line(small, tmp_path):
+    args = ["train.py", "--model_job", "student", *small, "--epochs", 2, "--batch_size", 8]
+    running = as_torchrun(2, *args, cwd=tmp_path, changes="thin,fail")
+    errs = "".join(process.communicate()[1] for process in running)
+    assert [process.returncode for process in running] == [1, 2]
+    assert errs.count("error") == 1 and "train.py: error: an image of mine is damaged" in errs
+
+
+def test_a_memory_of_images_is_refused_before_anything_is_done(script, monkeypatch):
+    monkeypatch.setattr(processes, "MEETING", timedelta(seconds=1))
+    for name, value in environments(2)[0].items():
+        monkeypatch.setenv(name, value)
+    suite, words = (
+        ["reproduce.py", "--suite", "losses", "--dataset", "digits"],
+        "crd remembers single images, and each of",
+    )
+    for command in (["train_distillation.py", "--loss", "crd"], [*suite, "--jobs", "crd"]):
+        ran = script(*command)
+        assert ran.code == 2 and f": {words}" in ran.err and "can't meet" not in ran.err
+    assert f"left out: losses_crd: {words}" in script(*suite).err
 
 
 # parts

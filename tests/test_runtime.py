@@ -5,11 +5,13 @@ import copy
 import os
 import platform
 import resource
+import socket
 import sys
+from datetime import timedelta
 
 import pytest
 import torch
-from as_processes import FORKS
+from as_processes import FORKS, environments
 from torch import nn
 
 from outputs import Outputs
@@ -84,21 +86,66 @@ def test_a_gpu_by_its_number(gpus, monkeypatch):
     gpus(1)
     with pytest.raises(UserError, match=r"--device cuda:1: there is only cuda:0"):
         runtime.choose("cuda:1")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    set_all(monkeypatch, environments(2)[0])
     with pytest.raises(UserError, match="--device cuda:0: under torchrun .* use --device cuda"):
         runtime.choose("cuda:0")
 
 
+def set_all(monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+
 def test_processes_and_gpus(gpus, monkeypatch):
     gpus(1)
-    for name, value in (("LOCAL_WORLD_SIZE", "2"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
-        monkeypatch.setenv(name, value)
+    set_all(monkeypatch, environments(2)[1])
     with pytest.raises(UserError, match="--nproc_per_node is 2, but there is 1 GPU; start one for each"):
         runtime.choose("cuda")
     monkeypatch.setenv("LOCAL_RANK", "0")
     gpus(1, "mps")  # two machines of one each
     with pytest.raises(UserError, match="mps devices can't work as several processes here; start one, or use --device"):
         runtime.choose("mps")
+
+
+TOGETHER = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    "environment, words",
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK is not set"),
+        ({**TOGETHER, "MASTER_ADDR": ""}, "WORLD_SIZE is 2, but MASTER_ADDR is not set"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE is '', not a whole number from 1 on; .* unset WORLD_SIZE"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0', not"),
+        ({"LOCAL_RANK": "\x1b[31mx"}, r"LOCAL_RANK is '\\x1b\[31mx', not a whole number from 0 on"),
+        ({"RANK": "-1"}, "RANK is '-1', not"),
+        ({"LOCAL_RANK": "1"}, "LOCAL_RANK is 1, but WORLD_SIZE is not set"),
+        ({**TOGETHER, "RANK": "5"}, "RANK is 5, but WORLD_SIZE is 2; .* unset RANK WORLD_SIZE"),
+        ({**TOGETHER, "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"}, "LOCAL_RANK is 1, but LOCAL_WORLD_SIZE is 1"),
+        ({"LOCAL_WORLD_SIZE": "2"}, "LOCAL_WORLD_SIZE is 2, but WORLD_SIZE is not set"),
+        ({"TORCHELASTIC_RESTART_COUNT": "x"}, "TORCHELASTIC_RESTART_COUNT is 'x'"),
+        ({**TOGETHER, "MASTER_PORT": "x"}, "MASTER_PORT is 'x', not a port"),
+        ({**TOGETHER, "MASTER_PORT": "70000"}, "MASTER_PORT is '70000', not a port"),
+    ],
+)
+def test_wrong_variables_of_torchruns(monkeypatch, environment, words):
+    set_all(monkeypatch, environment)
+    assert processes.local_rank() == 0 and processes.size() == 1  # and so the error is heard
+    with pytest.raises(UserError, match=words):
+        runtime.choose("cpu")
+
+
+@pytest.mark.parametrize("rank, taken, words", [(0, True, "address already in use"), (0, False, "1/2"), (1, False, "")])
+def test_processes_that_do_not_meet(monkeypatch, capfd, rank, taken, words):
+    monkeypatch.setattr(processes, "MEETING", timedelta(seconds=1))
+    set_all(monkeypatch, environments(2)[rank])
+    with socket.socket() as other:
+        if taken:
+            other.bind(("", int(os.environ["MASTER_PORT"])))
+            other.listen()
+        with pytest.raises(UserError, match=f"can't meet the 2 processes of WORLD_SIZE at MASTER_ADDR.*{words}.*unset"):
+            runtime.choose("cpu")
+    assert capfd.readouterr().err == ""
 
 
 def test_what_tensors_travel_by(monkeypatch):

@@ -17,7 +17,7 @@ from typing import TextIO
 import torch
 
 from util import processes
-from util.processes import Processes
+from util.processes import NotJoined, Processes
 
 
 class UserError(Exception):
@@ -78,7 +78,8 @@ def choose(device: str = "auto", precision: str = "auto") -> Runtime:
 
     auto takes the accelerator that torch finds, and bf16 where the device computes in it. What is in float32 is plain
     float32, never TF32. Under torchrun each process of a machine takes a GPU of its own. Raises UserError for an
-    accelerator that is not there, or none of them left, and for bf16 on a device that can't do it at all.
+    accelerator that is not there, or none of them left, for bf16 on a device that can't do it at all, and where the
+    variables that torchrun sets are wrong or the other processes don't come.
     """
     there = accelerator()
     if device not in ("auto", "cpu") and device.partition(":")[0] != there:
@@ -94,7 +95,10 @@ def choose(device: str = "auto", precision: str = "auto") -> Runtime:
     torch.backends.cudnn.benchmark = True
     if chosen.type == "cpu":
         keep_freed_memory()
-    return Runtime(chosen, precision, processes.join(chosen.type))
+    try:
+        return Runtime(chosen, precision, processes.join(chosen.type))
+    except NotJoined as error:
+        raise UserError(str(error)) from error
 
 
 def accelerator() -> str | None:
@@ -183,7 +187,13 @@ def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def say(message: str) -> None:
     """A line to the user, on stderr, where there still is one; of several processes on a machine the first speaks."""
-    if processes.local_rank() == 0 and sys.stderr:
+    if processes.local_rank() == 0:
+        say_alone(message)
+
+
+def say_alone(message: str) -> None:
+    """The same of whichever process."""
+    if sys.stderr:
         try:
             print(message, file=sys.stderr, flush=True)
         except (OSError, ValueError):  # the terminal hung up; closed
