@@ -4,7 +4,16 @@ from typing import NamedTuple
 
 from recipes import RECIPES
 from report.results import SETUP, Rows, otherwise
-from report.statistics import LEVEL, Comparison, fewest_images, gains_on_student, noise, students_against
+from report.statistics import (
+    LEVEL,
+    MARGIN,
+    Comparison,
+    Pair,
+    fewest_images,
+    gains_on_student,
+)
+
+Judged = dict[Pair, Comparison]
 
 FEW_IMAGES = 1000  # with fewer test images, a difference that a paper would report is a handful of them
 
@@ -17,19 +26,19 @@ class Claim(NamedTuple):
     evidence: list[str]
 
 
-def findings(rows: Rows) -> list[str]:
+def findings(rows: Rows, judged: Judged) -> list[str]:
     """The best student row, its gain and what is beyond noise; where there are few test images, what they can show.
 
-    Students of several networks or trainings are told of apart.
+    Students of several networks or trainings are told of apart. judged: all comparisons of the table, see `judge`.
     """
     if not rows.students:
         return ["Only the teacher ran: there is nothing to compare it with."]
-    gains, kinds = gains_on_student(rows), rows.kinds
+    gains, kinds = gains_on_student(rows, judged), rows.kinds
     if len(kinds) == 1:
         (facts,) = (_best_facts(rows, kind, gains, "that ran") for kind in kinds)
     else:
         facts = [" ".join(_best_facts(rows, kind, gains, f"of {', '.join(kind)}")) for kind in kinds]
-    return facts + _beyond_facts(gains) + _few_images_facts(rows, gains)
+    return facts + _beyond_facts(gains) + _few_images_facts(rows, judged)
 
 
 def _best_facts(rows: Rows, kind: tuple[str, str], gains: dict[str, Comparison], which: str) -> list[str]:
@@ -46,14 +55,14 @@ def _best_facts(rows: Rows, kind: tuple[str, str], gains: dict[str, Comparison],
     elif best not in gains:
         facts.append("It has no seed in common with the student, so there is no gain to tell.")
     else:
-        facts += _gain_facts(gains[best], rows)
+        facts += _gain_facts(gains[best])
         if len(students) > 2:
             facts.append("It is the best of several on the same test images, which flatters its gain a little.")
     return facts
 
 
-def _gain_facts(found: Comparison, rows: Rows) -> list[str]:
-    facts = [f"Its gain on the student in top-1 is {difference(found)}{_judgement(found, rows)}."]
+def _gain_facts(found: Comparison) -> list[str]:
+    facts = [f"Its gain on the student in top-1 is {difference(found)}{_judgement(found)}."]
     if not found.over_seeds:
         facts.append("That is one seed: how far another seed would move it is not known from these runs.")
     elif len(found.gains) == 1:
@@ -63,11 +72,10 @@ def _gain_facts(found: Comparison, rows: Rows) -> list[str]:
     return facts
 
 
-def _judgement(found: Comparison, rows: Rows) -> str:
-    if found.beyond_noise is not None:
-        return f", {'beyond' if found.beyond_noise else 'not beyond'} noise (p {p_value(found.adjusted)} after Holm)"
-    relation = "more" if found.gain > noise(rows) else "not more"
-    return f", {relation} than the {noise(rows):.2f} points by which two runs differ by chance"
+def _judgement(found: Comparison) -> str:
+    if found.beyond_noise is None:
+        return ""
+    return f", {'beyond' if found.beyond_noise else 'not beyond'} noise (p {p_value(found.adjusted)} after Holm)"
 
 
 def _beyond_facts(gains: dict[str, Comparison]) -> list[str]:
@@ -80,19 +88,19 @@ def _beyond_facts(gains: dict[str, Comparison]) -> list[str]:
     return facts + [f"Not told from the student by these test images and seeds: {', '.join(others)}."] * bool(others)
 
 
-def _few_images_facts(rows: Rows, gains: dict[str, Comparison]) -> list[str]:
+def _few_images_facts(rows: Rows, judged: Judged) -> list[str]:
     """What so few test images can show at best; nothing where there are many."""
     n = rows.any_run.data["test_images"]
     if n >= FEW_IMAGES:
         return []
-    count = max(1, len(gains))
+    count = max(1, len({frozenset(pair) for pair in judged}))
     alone, first = fewest_images(1), fewest_images(count)
     text = (
         f"{n:,} test images are few: one image is {100 / n:.2f} points. Two rows can't be told apart by less than "
         f"{alone} images, {100 * alone / n:.2f} points, even where all images on which they differ are for one of them"
     )
     if first > alone:
-        text += f"; as one of {count} rows compared, by less than {first}, {100 * first / n:.2f} points"
+        text += f"; as one of {count} differences, by less than {first}, {100 * first / n:.2f} points"
     return [f"{text}. Most differences that a method makes are smaller: such figures check the pipeline."]
 
 
@@ -101,7 +109,8 @@ def difference(found: Comparison) -> str:
     if found.interval is None:
         return f"{found.gain:+.2f} points"
     low, high = found.interval
-    return f"{found.gain:+.2f} points (95 % interval {low:+.2f} to {high:+.2f})"
+    what = "95 % interval" if found.over_seeds else "95 % interval over test images, one seed,"
+    return f"{found.gain:+.2f} points ({what} {low:+.2f} to {high:+.2f})"
 
 
 def p_value(p: float) -> str:
@@ -109,13 +118,17 @@ def p_value(p: float) -> str:
     return "<0.0001" if p < 0.0001 else f"{p:.4f}"
 
 
-def claims(rows: Rows) -> list[Claim]:
-    """What the runs say of each of the reference's four claims.
+class _Question(NamedTuple):
+    """What a claim says of these rows against the baseline: "above", "below", or "within" the margin."""
 
-    "yes" takes rows that are all beyond noise in its favour (see statistics.Comparison), "no" one that is beyond noise
-    against it. "Within noise" is yes where every interval lies within the points by which two runs differ by chance.
-    Where no two rows share two seeds, nothing counts for either: one seed tells of two networks, not of two methods.
-    """
+    text: str
+    baseline: str
+    relation: str
+    names: list[str]
+
+
+def _questions() -> list[_Question]:
+    """The reference's four claims."""
     reference = {job: row for job, row in RECIPES.items() if row.reference}
     features = [job for job, row in reference.items() if row.network == "feature_student"]
     distilled = [job for job, row in reference.items() if row.distils]
@@ -126,45 +139,54 @@ def claims(rows: Rows) -> list[Claim]:
     ]
     best = "distillation_LDH6"
     rivals = [job for job, row in reference.items() if row.network != "teacher" and job != best]
+    within = "Schedules of alpha, in KD, are within noise of a constant alpha"
     return [
-        _above(rows, "Feature rows are above the student", "student", features),
-        _best(rows, f"{best} is the best of the students", best, rivals),
-        _within(rows, "Schedules of alpha, in KD, are within noise of a constant alpha", "distillation", schedules),
-        _above(rows, "Every distilled row is above the student", "student", distilled),
+        _Question("Feature rows are above the student", "student", "above", features),
+        _Question(f"{best} is the best of the students", best, "below", rivals),
+        _Question(f"{within} ({MARGIN:g} points)", "distillation", "within", schedules),
+        _Question("Every distilled row is above the student", "student", "above", distilled),
     ]
 
 
-def _above(rows: Rows, text: str, baseline: str, names: list[str]) -> Claim:
-    found = _compared(rows, baseline, names)
-    signs = [_sign(comparison) for comparison in found.values()]
-    verdict = "no" if -1 in signs else "yes" if signs.count(1) == len(names) else "not settled"
-    return Claim(text, verdict, _evidence(rows, found, baseline, names))
+def claim_pairs(rows: Rows) -> list[Pair]:
+    """All pairs of rows that the claims compare; without those that were trained otherwise."""
+    return [
+        (name, question.baseline)
+        for question in _questions()
+        for name in question.names
+        if {name, question.baseline} <= rows.keys() and not _unlike(rows, name, question.baseline)
+    ]
 
 
-def _best(rows: Rows, text: str, best: str, rivals: list[str]) -> Claim:
-    found = _compared(rows, best, rivals)
-    signs = [_sign(comparison) for comparison in found.values()]
-    verdict = "no" if 1 in signs else "yes" if signs.count(-1) == len(rivals) else "not settled"
-    return Claim(text, verdict, _evidence(rows, found, best, rivals))
+def claims(rows: Rows, judged: Judged) -> list[Claim]:
+    """What the runs say of each of the reference's four claims.
+
+    "yes" takes rows that are all beyond noise in its favour (see statistics.Comparison), "no" one that is beyond noise
+    against it. "Within noise" is yes where every row is surely within the margin, no where one is beyond noise and not
+    within it. From one seed nothing counts for either: it tells of two networks, not of two methods.
+    """
+    found = []
+    for question in _questions():
+        compared = _compared(rows, judged, question)
+        verdict = _verdict(question, list(compared.values()))
+        found.append(Claim(question.text, verdict, _evidence(rows, compared, question)))
+    return found
 
 
-def _within(rows: Rows, text: str, baseline: str, names: list[str]) -> Claim:
-    found = _compared(rows, baseline, names)
-    limit = noise(rows)
-    inside = [c.over_seeds and max(map(abs, c.interval)) <= limit for c in found.values()]
-    different = any(_sign(comparison) for comparison in found.values())
-    verdict = "no" if different else "yes" if inside.count(True) == len(names) else "not settled"
-    evidence = _evidence(rows, found, baseline, names)
-    return Claim(text, verdict, [f"two runs differ by chance by up to about {limit:.2f} points", *evidence])
+def _verdict(question: _Question, compared: list[Comparison]) -> str:
+    if question.relation == "within":
+        against = any(found.beyond_noise and not found.within_margin for found in compared)
+        favourable = [found.within_margin for found in compared]
+    else:
+        sign = 1 if question.relation == "above" else -1
+        against = any(found.beyond_noise and sign * found.gain < 0 for found in compared)
+        favourable = [bool(found.beyond_noise) and sign * found.gain > 0 for found in compared]
+    return "no" if against else "yes" if favourable.count(True) == len(question.names) else "not settled"
 
 
-def _compared(rows: Rows, baseline: str, names: list[str]) -> dict[str, Comparison]:
-    """The rows that ran against the baseline; against the student corrected as in the table, over all that it has."""
-    if baseline not in rows:
-        return {}
-    names = [name for name in names if name in rows and not _unlike(rows, name, baseline)]
-    found = gains_on_student(rows) if baseline == "student" else students_against(rows, baseline, names)
-    return {name: found[name] for name in names if name in found}
+def _compared(rows: Rows, judged: Judged, question: _Question) -> dict[str, Comparison]:
+    pairs = {(name, question.baseline): name for name in question.names}
+    return {pairs[pair]: judged[pair] for pair in claim_pairs(rows) if pair in pairs and pair in judged}
 
 
 def _unlike(rows: Rows, name: str, other: str) -> list[str]:
@@ -180,21 +202,19 @@ def _unlike(rows: Rows, name: str, other: str) -> list[str]:
     return otherwise(ours, theirs, alike) + ["epochs"] * (max(shares) - min(shares) > rounding + 1e-9)
 
 
-def _sign(found: Comparison) -> int:
-    """1 above, -1 below, both beyond noise and held against other seeds; else 0."""
-    return 0 if not (found.beyond_noise and found.over_seeds) else 1 if found.gain > 0 else -1
-
-
-def _evidence(rows: Rows, found: dict[str, Comparison], baseline: str, names: list[str]) -> list[str]:
-    lines = []
-    for name, comparison in found.items():
-        seeds = len(comparison.gains)
-        words = [difference(comparison), f"{seeds} seed{'s' * (seeds > 1)}"]
-        if comparison.adjusted is not None:
-            words.append(f"p {p_value(comparison.adjusted)} after Holm")
-        words.append("beyond noise" if comparison.beyond_noise else "not beyond noise")
+def _evidence(rows: Rows, compared: dict[str, Comparison], question: _Question) -> list[str]:
+    lines, baseline, names = [], question.baseline, question.names
+    for name, found in compared.items():
+        seeds = len(found.gains)
+        words = [difference(found), f"{seeds} seed{'s' * (seeds > 1)}"]
+        if found.beyond_noise is None:
+            words.append("not judged")
+        else:
+            words += [f"p {p_value(found.adjusted)} after Holm", "not " * (not found.beyond_noise) + "beyond noise"]
+        if question.relation == "within":
+            words.append(f"{'' if found.within_margin else 'not '}surely within {MARGIN:g} points")
         lines.append(f"{name} against {baseline}: {', '.join(words)}")
-    missing = [name for name in names if name not in found]
+    missing = [name for name in names if name not in compared]
     ways = {name: _unlike(rows, name, baseline) for name in missing if name in rows and baseline in rows}
     if unlike := {name: way for name, way in ways.items() if way}:
         told = ", ".join(f"{name} ({', '.join(way)})" for name, way in unlike.items())
@@ -203,15 +223,16 @@ def _evidence(rows: Rows, found: dict[str, Comparison], baseline: str, names: li
     return lines + [f"no run to compare with {baseline}: {', '.join(missing)}"] * bool(missing)
 
 
-def claims_section(rows: Rows) -> str:
+def claims_section(rows: Rows, judged: Judged) -> str:
     """The claims as a section of RESULTS.md."""
     lines = [
         "## The reference's claims",
-        f"Yes or no only where it is beyond noise at {100 * LEVEL:.0f} %, with Holm's correction over the rows "
-        "compared with the same one, and held against the spread of seeds: one seed alone tells of two networks, not "
-        "of two methods.",
+        f"Yes or no only where it is beyond noise at {100 * LEVEL:.0f} %, judged together with the table: one spread, "
+        "and one correction over all differences of this page. Nothing is judged from one seed, which tells of two "
+        f"networks, not of two methods. Within noise: the row surely differs by less than {MARGIN:g} points, both its "
+        "90 % intervals, over seeds and over test images, lying within that margin, which is the same for all data.",
     ]
-    for claim in claims(rows):
+    for claim in claims(rows, judged):
         evidence = "\n".join(f"- {line}" for line in claim.evidence)
         lines.append(f"**{claim.text}: {claim.verdict}.**\n\n{evidence}")
     return "\n\n".join(lines)

@@ -89,7 +89,7 @@ def _pairs(runs: Runs) -> list[Line]:
     ps = {name: mcnemar(*discordant(*pair)) for name, pair in pairs.items()}
     lines = {
         "points of top-1": lambda run, base: f"{100 * (run.mean() - base.mean()):+.2f}",
-        "95 % interval": lambda run, base: "{:+.2f} to {:+.2f}".format(*newcombe(run, base)),
+        "95 % interval, over test images": lambda run, base: "{:+.2f} to {:+.2f}".format(*newcombe(run, base)),
         "images that it alone got right": lambda run, base: f"{discordant(run, base)[0]:,}",
         f"images that {first} alone got right": lambda run, base: f"{discordant(run, base)[1]:,}",
     }

@@ -1,4 +1,4 @@
-"""What two rows tested on the same images can be said to differ by: tests and intervals, all of them at 5 % or 95 %."""
+"""Compare rows tested on the same images: tests and intervals, all of them at 5 % or 95 %."""
 
 import math
 import statistics
@@ -12,12 +12,20 @@ from report.results import Result, Rows
 LEVEL = 0.05
 Z = 1.959964  # of the normal distribution, two-sided
 
+# Two rows are within noise of each other if they surely differ by less than this, in points of top-1: about the spread
+# of one run over seeds in this project's studies, 0.4 to 0.5 points. It is the same for every data set, so few test
+# images make nothing easier.
+MARGIN = 0.5
+UNEVEN = 0.1  # p of Cochran's test below which a table warns; at LEVEL a row's own spread is used as well, see `judge`
+POWER = 0.8
+
 Interval = tuple[float, float]
+Pair = tuple[str, str]  # a row, and the row that it is compared with
 
 
 @dataclass(frozen=True)
 class Spread:
-    """How far chance moves the top-1 of one run: a standard deviation, in points, and its degrees of freedom."""
+    """The standard deviation of one run's top-1 over seeds, in points, and its degrees of freedom."""
 
     deviation: float
     freedom: int
@@ -25,25 +33,27 @@ class Spread:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A row against another, seed by seed, in points of top-1.
+    """A row against another, in points of top-1.
 
-    gains: for each seed that both have. mcnemar: the exact p for each seed whose two runs tell which of the same images
-    they got right. interval: 95 % of the mean gain, see `compare`; None where it is not known. spread: of one run over
-    seeds; None where the interval is over test images. p: that the two are the same, see `compare`; None where the
-    images don't tell. adjusted: p after Holm's correction over the rows compared.
+    gains: seed -> the gain, for each seed that both have. gain: of the row, by least squares, see `Blocks`; it is the
+    mean of `gains` if all rows compared have the same seeds. mcnemar: seed -> the exact p on the test images, for each
+    seed whose two results tell which images were right.
+    spread: of one run; None if no two rows compared share two seeds. Then error, p and adjusted are None, too.
+    error: the standard error of the gain over seeds. image_error: over test images; None if the images aren't known.
+    interval: 95 % of the gain, over seeds; over test images if there is one seed and no spread; else None.
+    p: of the t test over seeds or, if larger, of the sign test over images, as a difference has to hold for other seeds
+    and for other images; None if the images aren't known. adjusted: p after Holm's correction, see `judge`.
     """
 
     gains: dict[int, float]
+    gain: float
     mcnemar: dict[int, float]
-    interval: Interval | None
-    spread: Spread | None
-    p: float | None
+    spread: Spread | None = None
+    error: float | None = None
+    image_error: float | None = None
+    interval: Interval | None = None
+    p: float | None = None
     adjusted: float | None = None
-
-    @property
-    def gain(self) -> float:
-        """The mean over seeds, in points."""
-        return statistics.mean(self.gains.values())
 
     @property
     def over_seeds(self) -> bool:
@@ -52,79 +62,175 @@ class Comparison:
 
     @property
     def beyond_noise(self) -> bool | None:
-        """Whether the rows differ by more than chance; None where that can't be told."""
+        """Whether the rows differ by more than chance; None if that can't be judged, as from one seed."""
         return None if self.adjusted is None else self.adjusted < LEVEL
 
+    @property
+    def within_margin(self) -> bool:
+        """Whether the rows surely differ by less than MARGIN: two one-sided tests at 5 %, over seeds and over images.
 
-def against(rows: Rows, baseline: str, names: Iterable[str]) -> dict[str, Comparison]:
-    """Each of the rows against the baseline row, with Holm's correction over them all; without what shares no seed."""
-    names = [*names]
-    spread = in_blocks([rows[name] for name in (baseline, *names)])
-    return _against(rows, baseline, names, spread)
-
-
-def students_against(rows: Rows, baseline: str, names: Iterable[str]) -> dict[str, Comparison]:
-    """The same, how far seeds lie from each other being taken from all students' rows."""
-    return _against(rows, baseline, names, in_blocks([rows[name] for name in rows.students]))
-
-
-def _against(rows: Rows, baseline: str, names: Iterable[str], spread: Spread | None) -> dict[str, Comparison]:
-    there = [name for name in names if rows[name].keys() & rows[baseline].keys()]
-    found = {name: compare(rows[name], rows[baseline], spread) for name in there}
-    known = {name: comparison.p for name, comparison in found.items() if comparison.p is not None}
-    adjusted = dict(zip(known, holm(list(known.values())), strict=True))
-    return {name: replace(comparison, adjusted=adjusted.get(name)) for name, comparison in found.items()}
+        That is, both 90 % intervals lie within the margin (Schuirmann, Journal of Pharmacokinetics and
+        Biopharmaceutics 15 (1987), 657-680).
+        """
+        if self.spread is None or self.image_error is None:
+            return False
+        over_seeds, over_images = _t_quantile(1 - LEVEL, self.spread.freedom) * self.error, 1.644854 * self.image_error
+        return abs(self.gain) + max(over_seeds, over_images) < MARGIN
 
 
-def gains_on_student(rows: Rows) -> dict[str, Comparison]:
-    """Every student's row against that of the same network and training on hard labels alone, where that ran."""
-    found = {}
-    for kind, names in rows.kinds.items():
-        if alone := rows.student_of(kind):
-            of_kind = Rows({name: rows[name] for name in names})
-            found |= students_against(of_kind, alone, [name for name in names if name != alone])
-    return found
+def judge(rows: Rows, pairs: Iterable[Pair]) -> dict[Pair, Comparison]:
+    """All differences that one table shows, judged together; without pairs that share no seed.
 
-
-def compare(ours: dict[int, Result], theirs: dict[int, Result], spread: Spread | None) -> Comparison:
-    """A row's runs against another's, both by seed, over the seeds that both have: at least one.
-
-    spread: of one run, see `in_blocks`. interval: Student's of the gains' mean, which says how far other seeds would
-    move it; without a spread, of one seed, Newcombe's, which says how far other test images would.
-    p: of the sign test over images (see `sign_test`), or that of the t test over seeds if it is larger, as a difference
-    has to hold for other test images and for other seeds.
+    So a pair has one answer wherever it stands. The spread is pooled over all rows that are compared with each other,
+    directly or through others. A row whose runs lie further apart than the others' (see `uneven`) is judged by its own
+    pair of rows, the paired t test, where that is less sure. Holm's correction is over all differences; a pair and its
+    reverse are one.
     """
+    pairs = [pair for pair in dict.fromkeys(pairs) if rows[pair[0]].keys() & rows[pair[1]].keys()]
+    groups = linked(rows, pairs)
+    blocks = {name: fit for fit in map(Blocks, groups) for name in fit.rows}
+    apart = {uneven_row[0] for uneven_row in map(uneven, groups) if uneven_row and uneven_row[1] < LEVEL}
+    found = {}
+    for pair in pairs:
+        fit = blocks[pair[0]]
+        if apart & {*pair}:
+            alone = Blocks(Rows({name: rows[name] for name in pair}))
+            fit = max(fit, alone, key=lambda each: each.half_interval(*pair))
+        found[pair] = _compare(fit, *pair)
+    ps = {frozenset(pair): comparison.p for pair, comparison in found.items() if comparison.p is not None}
+    adjusted = dict(zip(ps, holm([*ps.values()]), strict=True))
+    return {pair: replace(comparison, adjusted=adjusted.get(frozenset(pair))) for pair, comparison in found.items()}
+
+
+def student_pairs(rows: Rows) -> list[Pair]:
+    """Every student's row with that of the same network and training on hard labels alone, where that ran."""
+    alone = {kind: rows.student_of(kind) for kind in rows.kinds}
+    return [
+        (name, alone[kind]) for kind, names in rows.kinds.items() for name in names if alone[kind] not in (None, name)
+    ]
+
+
+def gains_on_student(rows: Rows, judged: dict[Pair, Comparison]) -> dict[str, Comparison]:
+    """Row -> its comparison with the student, of those judged."""
+    return {pair[0]: judged[pair] for pair in student_pairs(rows) if pair in judged}
+
+
+def linked(rows: Rows, pairs: Iterable[Pair]) -> list[Rows]:
+    """The rows that are compared with each other, directly or through others: each such group apart."""
+    groups: list[set[str]] = []
+    for pair in pairs:
+        joined = {*pair}.union(*(group for group in groups if group & {*pair}))
+        groups = [group for group in groups if not group & joined] + [joined]
+    return [Rows({name: rows[name] for name in rows if name in group}) for group in groups]
+
+
+class Blocks:
+    """top-1 = row + seed, by least squares over all runs of the rows: randomised blocks, the seeds being the blocks.
+
+    Fisher, The Design of Experiments (1935). Of two rows it gives the paired t test. More rows give more degrees of
+    freedom, which two or three seeds need; the spread is taken to be alike in all of them. Where a row lacks seeds,
+    what these are worth is taken from the other rows, so the t test is exact there, too.
+    spread: of one run, from what row and seed leave; None if there is no degree of freedom.
+    """
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+        self._index = {name: i for i, name in enumerate(rows)}
+        seeds = {seed: i for i, seed in enumerate(sorted({seed for runs in rows.values() for seed in runs}), len(rows))}
+        cells = [(self._index[name], seeds[seed]) for name, runs in rows.items() for seed in runs]
+        design = numpy.zeros((len(cells), len(rows) + len(seeds)))
+        for line, cell in zip(design, cells, strict=True):
+            line[[*cell]] = 1
+        top1 = numpy.array([run.test["top1"] for run in rows.runs()])
+        self._covariance = numpy.linalg.pinv(design.T @ design, hermitian=True)
+        self._worth = self._covariance @ design.T @ top1
+        # A design of rows and seeds that are linked has one column too many.
+        freedom = len(cells) - (design.shape[1] - 1)
+        self.spread = _spread(float(((top1 - design @ self._worth) ** 2).sum()), freedom)
+
+    def difference(self, ours: str, theirs: str) -> tuple[float, float]:
+        """One row less the other, in points; and its standard error where a run's spread is 1 point."""
+        contrast = numpy.zeros(len(self._worth))
+        contrast[self._index[ours]], contrast[self._index[theirs]] = 1, -1
+        return float(contrast @ self._worth), math.sqrt(contrast @ self._covariance @ contrast)
+
+    def half_interval(self, ours: str, theirs: str) -> float:
+        """Half of the 95 % interval of their difference; infinite where there is no spread."""
+        if self.spread is None:
+            return math.inf
+        return (
+            _t_quantile(1 - LEVEL / 2, self.spread.freedom) * self.spread.deviation * self.difference(ours, theirs)[1]
+        )
+
+
+def _compare(blocks: Blocks, name: str, other: str) -> Comparison:
+    ours, theirs = blocks.rows[name], blocks.rows[other]
     seeds = sorted(ours.keys() & theirs.keys())
     gains = {seed: ours[seed].test["top1"] - theirs[seed].test["top1"] for seed in seeds}
     pairs = {seed: (ours[seed].right, theirs[seed].right) for seed in seeds if same_images(ours[seed], theirs[seed])}
-    by_seed = {seed: mcnemar(*discordant(*pair)) for seed, pair in pairs.items()}
-    mean, p, interval = statistics.mean(gains.values()), None, None
-    if len(pairs) == len(seeds):
-        p = sign_test(list(pairs.values()))
-    if spread:
-        error = spread.deviation * math.sqrt(2 / len(seeds))  # of the mean of so many differences of two runs
-        interval = t_interval(mean, error, spread.freedom)
-        p = None if p is None else max(p, t_test(mean, error, spread.freedom))
-    elif pairs:
-        interval = newcombe(*next(iter(pairs.values())))
-    return Comparison(gains, by_seed, interval, spread, p)
+    gain, unit_error = blocks.difference(name, other)
+    gain = round(gain, 9) + 0.0  # without what rounding leaves, and no -0
+    found = Comparison(gains, gain, {seed: mcnemar(*discordant(*pair)) for seed, pair in pairs.items()})
+    if not blocks.spread:
+        interval = newcombe(*pairs[seeds[0]]) if len(pairs) == len(seeds) == 1 else None
+        return replace(found, interval=interval)
+    error, freedom = blocks.spread.deviation * unit_error, blocks.spread.freedom
+    found = replace(found, spread=blocks.spread, error=error, interval=t_interval(gain, error, freedom))
+    if len(pairs) < len(seeds):
+        return found
+    p = max(sign_test([*pairs.values()]), t_test(gain, error, freedom))
+    return replace(found, p=p, image_error=_image_error([*pairs.values()]))
 
 
-def in_blocks(rows: list[dict[int, Result]]) -> Spread | None:
-    """Of one run about what its row and its seed are worth, over all the rows: what is left of top-1 = row + seed.
+def _balance(pairs: list[tuple[numpy.ndarray, numpy.ndarray]]) -> numpy.ndarray:
+    """Of each image: in how many seeds only ours got it right, less in how many only theirs."""
+    return sum(ours.astype(numpy.int8) - theirs.astype(numpy.int8) for ours, theirs in pairs)
 
-    Randomised blocks, the seeds being the blocks (Fisher, The Design of Experiments (1935)), by least squares. Of two
-    rows it gives the paired t test; of more it has more degrees of freedom, which two or three seeds need, and takes
-    chance to be as large in each row. None where there is no degree of freedom.
+
+def _image_error(pairs: list[tuple[numpy.ndarray, numpy.ndarray]]) -> float:
+    balance = _balance(pairs)
+    return 100 * float(balance.std()) / len(pairs) / math.sqrt(len(balance))
+
+
+def uneven(rows: Rows) -> tuple[str, float] | None:
+    """The row whose runs lie furthest apart, and p that all rows' runs lie equally far apart; None if that is untold.
+
+    Cochran's C, the row's share of all rows' squares (Annals of Eugenics 11 (1941), 47-52), for rows of unequal numbers
+    of seeds: such a share has a beta distribution, and p is Bonferroni's over the rows.
     """
-    cells = [(row, seed, run.test["top1"]) for row, runs in enumerate(rows) for seed, run in runs.items()]
-    seeds = sorted({seed for _, seed, _ in cells})
-    design = numpy.zeros((len(cells), len(rows) + len(seeds)))
-    for line, (row, seed, _) in zip(design, cells, strict=True):
-        line[row] = line[len(rows) + seeds.index(seed)] = 1
-    top1 = numpy.array([value for *_, value in cells])
-    worth, _, rank, _ = numpy.linalg.lstsq(design, top1, rcond=None)
-    return _spread(float(((top1 - design @ worth) ** 2).sum()), len(cells) - int(rank))
+    from scipy.special import betainc
+
+    squares, freedom = {}, {}
+    for name, runs in rows.items():
+        if len(runs) > 1:
+            freedom[name] = len(runs) - 1
+            squares[name] = freedom[name] * statistics.variance(run.test["top1"] for run in runs.values())
+    total = sum(squares.values())
+    if len(squares) < 2 or total < 1e-12:
+        return None
+    free = sum(freedom.values())
+    ps = {name: 1 - betainc(n / 2, (free - n) / 2, squares[name] / total) for name, n in freedom.items()}
+    name = min(ps, key=ps.get)
+    return name, min(1.0, len(ps) * float(ps[name]))
+
+
+def chance_to_find(gain: float, error: float, freedom: int, comparisons: int) -> float:
+    """The probability that a true gain is found by the t test, as the clearest of so many comparisons."""
+    from scipy.special import nctdtr
+
+    limit = _t_quantile(1 - LEVEL / 2 / comparisons, freedom)
+    return float(1 - nctdtr(freedom, gain / error, limit) + nctdtr(freedom, gain / error, -limit))
+
+
+def smallest_to_find(error: float, freedom: int, comparisons: int) -> float:
+    """The smallest true gain that is found so in 80 % of cases."""
+    low, high = 0.0, error
+    while chance_to_find(high, error, freedom, comparisons) < POWER:
+        low, high = high, 2 * high
+    while high - low > 1e-3 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if chance_to_find(middle, error, freedom, comparisons) < POWER else (low, middle)
+    return high
 
 
 def within_rows(rows: Iterable[dict[int, Result]]) -> Spread | None:
@@ -159,9 +265,9 @@ def mcnemar(b: int, c: int) -> float:
 
     McNemar, Note on the sampling error of the difference between correlated proportions, Psychometrika 12 (1947).
     """
-    from scipy.stats import binomtest
+    from scipy.special import bdtr
 
-    return float(binomtest(b, b + c).pvalue) if b + c else 1.0
+    return min(1.0, 2 * float(bdtr(min(b, c), b + c, 0.5))) if b + c else 1.0
 
 
 def sign_test(pairs: list[tuple[numpy.ndarray, numpy.ndarray]]) -> float:
@@ -170,7 +276,7 @@ def sign_test(pairs: list[tuple[numpy.ndarray, numpy.ndarray]]) -> float:
     An image counts for the row that gets it right in more of the seeds. So it counts once, and that the seeds share
     their test images does no harm.
     """
-    balance = sum(ours.astype(int) - theirs for ours, theirs in pairs)
+    balance = _balance(pairs)
     return mcnemar(int((balance > 0).sum()), int((balance < 0).sum()))
 
 
@@ -209,19 +315,23 @@ def wilson(right: int, n: int) -> Interval:
 
 def t_interval(mean: float, error: float, freedom: int) -> Interval:
     """Student's 95 % interval around a mean, from its standard error and that error's degrees of freedom."""
-    from scipy.stats import t
-
-    half = float(t.ppf(1 - LEVEL / 2, freedom)) * error
+    half = _t_quantile(1 - LEVEL / 2, freedom) * error
     return mean - half, mean + half
+
+
+def _t_quantile(probability: float, freedom: int) -> float:
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, probability))
 
 
 def t_test(mean: float, error: float, freedom: int) -> float:
     """The two-sided p of Student's test that what has this mean and this standard error is 0."""
-    from scipy.stats import t
+    from scipy.special import stdtr
 
     if error == 0:
         return float(abs(mean) < 1e-9)
-    return float(2 * t.sf(abs(mean) / error, freedom))
+    return float(2 * stdtr(freedom, -abs(mean) / error))
 
 
 def holm(ps: list[float]) -> list[float]:

@@ -3,13 +3,14 @@
 import math
 import statistics
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from typing import Any
 
 from recipes import RECIPES, described, under
 from report.findings import p_value
 from report.results import SETUP, Claimed, Result, Rows, describe_data, made_by, otherwise
-from report.statistics import Comparison, against, binomial_error
-from report.table import gain_cell, interval_notes, lines_as_table, spread
+from report.statistics import Comparison, Pair, binomial_error, judge
+from report.table import MCNEMAR, gain_cell, judgement_notes, lines_as_table, spread
 
 # What a result's recipe tells besides the settings of its loss.
 NO_SETTINGS = {*described(RECIPES["student"]), *described(under(RECIPES["student"], "benchmark"))}
@@ -51,14 +52,26 @@ class Suite(Rows):
         """The row of the loss with a constant alpha; None where it did not run."""
         return next((name for name in self.of_loss(loss) if not isinstance(self.alpha(name), str)), None)
 
+    @cached_property
+    def judged(self) -> dict[Pair, Comparison]:
+        """All differences that the table shows, judged together."""
+        constants = {loss: self.constant(loss) for loss in self.scheduled}
+        pairs = [
+            (name, other)
+            for name in self.students
+            for other in (self.alone, self.kd, constants.get(self.loss(name)))
+            if other not in (None, name) and name != self.alone and not self.otherwise(name, other)
+        ]
+        return judge(self, pairs)
+
+    def against(self, other: str | None) -> dict[str, Comparison]:
+        """Each row that is compared with that one."""
+        return {name: found for (name, baseline), found in self.judged.items() if baseline == other}
+
     def to_constant(self) -> dict[str, Comparison]:
         """Of losses that ran by several alphas: each row against the loss's own with a constant one."""
-        found: dict[str, Comparison] = {}
-        for loss in self.scheduled:
-            if constant := self.constant(loss):
-                names = [name for name in self.of_loss(loss) if name != constant]
-                found |= against(self, constant, self.alike(names, constant))
-        return found
+        pairs = {(name, self.constant(loss)): name for loss in self.scheduled for name in self.of_loss(loss)}
+        return {pairs[pair]: found for pair, found in self.judged.items() if pair in pairs}
 
     def label(self, name: str) -> str:
         """The row in words, so many as tell it from the suite's others."""
@@ -96,10 +109,6 @@ class Suite(Rows):
         """What but for the loss the two rows were trained with that is not the same, or not in all seeds, in words."""
         ours, theirs = self[name], self[other]
         return otherwise(ours, theirs, TRAINED_WITH) + ["seeds"] * (not ours.keys() & theirs.keys())
-
-    def alike(self, names: Iterable[str], other: str) -> list[str]:
-        """Those of the rows that can be compared with that one."""
-        return [name for name in names if not self.otherwise(name, other)]
 
     @property
     def mixed(self) -> list[str]:
@@ -179,18 +188,12 @@ def _heading(suite: Suite) -> str:
 
 def _table(suite: Suite) -> str:
     columns = {
-        "to the student alone": _compared(suite, suite.alone),
-        "to kd": _compared(suite, suite.kd),
+        "to the student alone": suite.against(suite.alone),
+        "to kd": suite.against(suite.kd),
         "to its constant": suite.to_constant(),
     }
     lines = [_cells(suite, name, {title: found.get(name) for title, found in columns.items()}) for name in suite]
     return lines_as_table(lines, always=["loss", "top-1"])
-
-
-def _compared(suite: Suite, baseline: str | None) -> dict[str, Comparison]:
-    """Each student's row against that one; without those that were trained otherwise, and the student alone."""
-    names = [name for name in suite.students if name not in (baseline, suite.alone)]
-    return against(suite, baseline, suite.alike(names, baseline)) if baseline else {}
 
 
 def _cells(suite: Suite, name: str, compared: dict[str, Comparison | None]) -> dict[str, str]:
@@ -230,31 +233,25 @@ def _epochs(suite: Suite, name: str) -> str:
 def _difference(found: Comparison | None, seeds: int) -> str:
     if found is None:
         return ""
-    return gain_cell(found, seeds) + (f", p {p_value(found.adjusted)}" if found.adjusted is not None else "")
-
-
-def _interval_notes(suite: Suite) -> list[str]:
-    """What the intervals of each column are; once where they are the same."""
-    columns = {"the student alone": suite.alone, "kd": suite.kd}
-    notes = {f"to {words}": interval_notes(_compared(suite, row).values()) for words, row in columns.items()}
-    told = [(column, note) for column, found in notes.items() for note in found]
-    if len({note for _, note in told}) > 1:
-        return [f"{column}, {note}" for column, note in told]
-    return [note for _, note in told[:1]]
+    cell = gain_cell(found, seeds)
+    if found.adjusted is not None:
+        return f"{cell}, p {p_value(found.adjusted)}"
+    if found.over_seeds:
+        return cell
+    return cell + "".join(f", McNemar p {p_value(p)}" for p in found.mcnemar.values())
 
 
 def _notes(suite: Suite) -> list[str]:
     """What one must know to read the table."""
     notes = [
         "top-1: percent of the test images after the last epoch; ±: the sample standard deviation over the seeds.",
-        *_interval_notes(suite),
-        "p: that there is no difference, over images and seeds, after Holm's correction over the rows of the column.",
+        *["to: the difference to that row, in points of top-1."] * bool(suite.judged),
+        *judgement_notes(suite, suite.judged, suite.label),
     ]
+    if any(found.mcnemar and not found.over_seeds for found in suite.judged.values()):
+        notes.append(f"{MCNEMAR}: the exact test on the test images, without correction.")
     if suite.to_constant():
-        notes.append(
-            "to its constant: to the row of the same loss with a constant alpha; what is taken from all rows compared, "
-            "and Holm's correction, are of that loss's rows alone."
-        )
+        notes.append("to its constant: to the row of the same loss with a constant alpha.")
     if claims := [*filter(None, map(suite.claimed, suite))]:
         notes.append("claimed: top-1 that the paper gives for these two networks on CIFAR-100.")
         if any(claim.get("best") for claim in claims):

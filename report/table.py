@@ -2,13 +2,28 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from recipes import RECIPES, described
-from report.findings import claims_section, findings, p_value
+from report.findings import Judged, claim_pairs, claims_section, findings, p_value
 from report.results import SETUP, Result, Rows, as_csv, describe_data, made_by
-from report.statistics import Comparison, gains_on_student, noise, standard_error
+from report.statistics import (
+    LEVEL,
+    POWER,
+    UNEVEN,
+    Blocks,
+    Comparison,
+    chance_to_find,
+    gains_on_student,
+    judge,
+    linked,
+    noise,
+    smallest_to_find,
+    standard_error,
+    student_pairs,
+    uneven,
+)
 
 # Title, the figure of a run, and its format.
 MEASURED: list[tuple[str, Callable[[Result], float], str]] = [
@@ -31,32 +46,34 @@ ALIKE: dict[str, Callable[[Result], Any]] = {
     **{what: SETUP[what] for what in ("precision", "batch norm", "stem")},
 }
 OVER_SEEDS = (
-    "[ ]: the 95 % interval of the gain over seeds, which other test images could move further: Student's t, seed by "
-    "seed. How far chance moves a run is taken from all rows compared together (randomised blocks), also for a row of "
-    "one seed, as a row's own few seeds tell little of it; it is taken to be alike in all of them."
+    "[ ]: the 95 % interval over seeds (Student's t) of this difference by itself; other test images could move it "
+    "further. The spread of a run is pooled over all rows compared (randomised blocks, top-1 = row + seed). It is "
+    "taken to be alike in all rows and serves rows of one seed, too."
 )
 OVER_IMAGES = (
-    "[ ]: the 95 % interval of the gain of one seed over test images (Newcombe's for paired proportions), which "
-    "another seed could move further."
+    "over images: the 95 % interval over test images, one seed (Newcombe's for paired proportions). Other seeds would "
+    "move the difference by more, so nothing is judged beyond noise or not."
 )
+MCNEMAR = "McNemar p (these two runs)"
 
 
 def markdown(rows: Rows, with_claims: bool = False) -> str:
     """RESULTS.md."""
+    judged = judge(rows, [*student_pairs(rows), *(claim_pairs(rows) if with_claims else [])])
     parts = [
         f"# Results on {rows.any_run.dataset}",
         _heading(rows),
-        _table(rows),
-        "\n".join(f"- {note}" for note in _notes(rows)),
+        _table(rows, judged),
+        "\n".join(f"- {note}" for note in _notes(rows, judged)),
         "![top-1 of each row](top1.png)",
         "![training curves of each row](curves.png)",
         "## What it shows",
-        "\n".join(f"- {fact}" for fact in findings(rows)),
+        "\n".join(f"- {fact}" for fact in findings(rows, judged)),
     ]
     if rows.are_a_check:
         parts.insert(0, "**This is a check of the pipeline, not a result.**")
     if with_claims:
-        parts.append(claims_section(rows))
+        parts.append(claims_section(rows, judged))
     return "\n\n".join(parts) + "\n"
 
 
@@ -75,9 +92,9 @@ def _heading(rows: Rows) -> str:
     return "\n".join(lines) + f"\n\n{made_by(runs)}"
 
 
-def _table(rows: Rows) -> str:
+def _table(rows: Rows, judged: Judged) -> str:
     """The Markdown table: a line for each row, means over its seeds."""
-    gains = gains_on_student(rows)
+    gains = gains_on_student(rows, judged)
     lines = [_cells(rows, name, gains.get(name)) for name in rows]
     return lines_as_table(lines, always=["job", "gain"])
 
@@ -103,8 +120,9 @@ def _cells(rows: Rows, name: str, gain: Comparison | None) -> dict[str, str]:
         **{title: spread(values, form) if values and None not in values else "" for title, values, form in measured},
         "epochs": ", ".join(dict.fromkeys(str(run.recipe["epochs"]) for run in runs)),
         "gain": gain_cell(gain, len(runs)) if gain else "",
-        "McNemar p": ", ".join(map(p_value, gain.mcnemar.values())) if gain else "",
+        "p": p_value(gain.adjusted) if gain and gain.adjusted is not None else "",
         "beyond noise": {True: "yes", False: "no", None: ""}[gain and gain.beyond_noise],
+        MCNEMAR: ", ".join(map(p_value, gain.mcnemar.values())) if gain else "",
         "seeds": str(len(runs)) if rows.have_several_seeds else "",
         "reference top-1": f"{reference.top1:.2f}" if reference else "",
         "reference top-5": f"{reference.top5:.2f}" if reference else "",
@@ -124,7 +142,7 @@ def gain_cell(gain: Comparison, seeds: int) -> str:
     """The cell of the gain, which says over how many seeds it is where these are not all of the row's."""
     text = f"{gain.gain:+.2f}"
     if gain.interval:
-        text += " [{:+.2f}, {:+.2f}]".format(*gain.interval)
+        text += " [{:+.2f}, {:+.2f}]".format(*gain.interval) + " over images" * (not gain.over_seeds)
     return text + f" (seeds in common: {len(gain.gains)})" * (len(gain.gains) < seeds)
 
 
@@ -133,43 +151,38 @@ def reference_of(rows: Rows, name: str):
     return RECIPES[name].reference if name in RECIPES and rows.any_run.dataset == "cifar100" else None
 
 
-def _notes(rows: Rows) -> list[str]:
+def _notes(rows: Rows, judged: Judged) -> list[str]:
     """What one must know to read the table."""
     n = rows.any_run.data["test_images"]
     batches = math.ceil(n / 256)
     whose = " of the same network and training" * (len(rows.kinds) > 1)
     notes = [
-        f"top-1 and top-5 are percentages of the test images; gain: over the student{whose}, in points of top-1, seed "
-        "by seed.",
+        f"top-1 and top-5 are percentages of the test images; gain: over the student{whose}, in points of top-1.",
         "Test Loss is the sum over batches of 256 test images of each batch's mean CE, divided by the number of test "
         f"images: about mean CE / 256 on a large test set; here {batches} batches for {n:,} images, so about mean CE / "
         f"{n / batches:.0f}.",
-        f"Noise: the standard error of one top-1 on {n:,} test images is {standard_error(rows):.2f} points (binomial, "
-        f"for the median row), so two runs differ by up to about twice sqrt(2) that, {noise(rows):.2f} points, by "
-        "chance. Rows tested on the same images are compared image by image, which tells more.",
+        f"Over test images alone, the standard error of one top-1 on {n:,} of them is {standard_error(rows):.2f} "
+        f"points (binomial, for the median row); {noise(rows):.2f} points is twice that of a difference of two. Rows "
+        "tested on the same images are compared image by image, which tells more.",
     ]
     if rows.have_several_seeds:
         notes.append("±: the sample standard deviation (n - 1) over the seeds.")
     notes += rows.timing_notes
     if not rows.are_a_check:
         notes.append("Which rows' original code is known, and which follow from a line of text, is told in README.")
-    return notes + _gain_notes(rows) + _held_out_notes(rows) + _unlike_notes(rows) + _departure_notes(rows)
+    return notes + _gain_notes(rows, judged) + _held_out_notes(rows) + _unlike_notes(rows) + _departure_notes(rows)
 
 
-def _gain_notes(rows: Rows) -> list[str]:
+def _gain_notes(rows: Rows, judged: Judged) -> list[str]:
     """How the gains are judged, in a line for each thing that the table shows of them."""
-    gains = gains_on_student(rows)
-    notes = interval_notes(gains.values())
-    told = [name for name, found in gains.items() if found.adjusted is not None]
-    if told:
-        compared = f"the {len(told)} rows compared" if len(rows.kinds) == 1 else "the rows compared with one student"
+    gains = gains_on_student(rows, judged)
+    notes = judgement_notes(rows, judged)
+    if any(found.mcnemar for found in gains.values()):
         notes.append(
-            "McNemar p: of the exact test against the student of the same seed. Beyond noise: yes where the row's p is "
-            f"under 0.05 after Holm's correction over {compared}; that p is McNemar's (over several seeds an image "
-            "counts for the row that gets it right in more of them) or, if larger, that of the t test over seeds, "
-            "where any row has several."
+            f"{MCNEMAR}: the exact test on the test images, of each seed's run and the student's, without correction. "
+            "It says nothing about other seeds."
         )
-    untold = [name for name in gains if name not in told]
+    untold = [name for name, found in gains.items() if len(found.mcnemar) < len(found.gains)]
     if untold:
         notes.append(
             f"No test against the student: {', '.join(untold)}; results must tell which of the same images were right."
@@ -177,15 +190,60 @@ def _gain_notes(rows: Rows) -> list[str]:
     return notes
 
 
-def interval_notes(gains: Iterable[Comparison]) -> list[str]:
-    """What the intervals of these gains are."""
-    spreads = dict.fromkeys(found.spread for found in gains if found.interval)
-    return [
-        f"{OVER_SEEDS} Here it is {spread.deviation:.2f} points, with {spread.freedom} degrees of freedom."
-        if spread
-        else OVER_IMAGES
-        for spread in spreads
-    ]
+def judgement_notes(rows: Rows, judged: Judged, label: Callable[[str], str] = str) -> list[str]:
+    """How all differences of a table are judged, and what so few seeds can show. label: a row's name in the table."""
+    found, count = list(judged.values()), len({frozenset(pair) for pair in judged})
+    notes = [OVER_SEEDS] * any(each.over_seeds for each in found)
+    if any(each.over_seeds and len({*map(len, (rows[pair[0]], rows[pair[1]]))}) > 1 for pair, each in judged.items()):
+        notes.append(
+            "Not every row has every seed: differences are by least squares, in which all rows tell what a seed is "
+            "worth, so they need not be those of the means or of single runs."
+        )
+    if any(each.interval and not each.over_seeds for each in found):
+        notes.append(OVER_IMAGES)
+    if any(each.adjusted is not None for each in found):
+        notes.append(
+            "p: that there is no difference, by the t test over seeds or, if that is larger, by the sign test over "
+            "test images (an image counts for the row that gets it right in more of the seeds), after Holm's "
+            f"correction over all {count} differences compared here. Beyond noise: p is under {LEVEL:g}."
+        )
+    groups = linked(rows, judged)
+    for group in groups:
+        of = f"Of {', '.join(map(label, group))}: " * (len(groups) > 1)
+        notes += [of + note for note in _spread_notes(group, judged, count, label)]
+    teachers = {run.teacher["sha256"] for group in groups for run in group.runs() if run.teacher}
+    if len(teachers) == 1:
+        notes.append(
+            "All of it is of one teacher: the intervals do not say how far another teacher would move the differences."
+        )
+    return notes
+
+
+def _spread_notes(group: Rows, judged: Judged, count: int, label: Callable[[str], str]) -> list[str]:
+    """The spread of rows that are compared with each other, what their seeds can show, and which row's is another."""
+    spread = Blocks(group).spread
+    if not spread:
+        return ["One seed: no difference, however large, can be shown to be one of methods."] if len(group) > 1 else []
+    notes = [f"One run's spread over seeds: {spread.deviation:.2f} points, with {spread.freedom} degrees of freedom."]
+    found = [each for pair, each in judged.items() if pair[0] in group and each.spread == spread]
+    error = min((each.error for each in found), default=0)
+    if error:
+        seeds = max(len(each.gains) for each in found)
+        smallest = smallest_to_find(error, spread.freedom, count)
+        chance = chance_to_find(1.0, error, spread.freedom, count)
+        notes[0] += (
+            f" With it, and {seeds} seed{'s' * (seeds > 1)} a row, a true difference is found beyond noise in "
+            f"{100 * POWER:.0f} % of tables if it is {smallest:.2f} points, in {100 * chance:.0f} % if it is 1 point."
+        )
+    if (furthest := uneven(group)) and furthest[1] < UNEVEN:
+        name, p = furthest
+        notes.append(
+            f"**The runs of {label(name)} lie further apart than other rows'** (Cochran's C, p {p_value(p)}): by the "
+            "common spread its intervals are too narrow"
+            + ", so it is judged by the paired t test, where that is less sure" * (p < LEVEL)
+            + "."
+        )
+    return notes
 
 
 def _held_out_notes(rows: Rows) -> list[str]:

@@ -95,7 +95,7 @@ def test_the_table(tmp_path):
     text, rows = rows_of(tmp_path)
     assert list(rows) == ["student alone", "kd", "crd"]
     # 50,000 images are 782 batches of 64. Of 3, 4, 5 against the student, 1, 2, 3 against kd. Rows and seeds leave
-    # squares of 4/3 and 4 degrees of freedom: 4 ± 2.7764 sqrt(1/3 2/3). Without the student two rows: ± 2.4841.
+    # squares of 4/3 and 4 degrees of freedom: 4 ± 2.7764 sqrt(1/3 2/3), of the one spread in both columns.
     assert rows["crd"] == {
         "loss": "crd",
         "claimed": "70.00 (A paper)",
@@ -104,7 +104,7 @@ def test_the_table(tmp_path):
         "epochs": "240",
         "to the claim": "-5.00",
         "to the student alone": "+4.00 [+2.69, +5.31]",
-        "to kd": "+2.00 [-0.48, +4.48]",
+        "to kd": "+2.00 [+0.69, +3.31]",
         "ms a step": "40.0",
         "of kd's": "2.00",
         "parameters of the loss": "16,640",
@@ -138,15 +138,34 @@ def test_time_and_memory_are_of_one_machine(tmp_path):
     assert plots.cost_plot(*suite.suites_of(results.read(tmp_path)))
 
 
-def test_differences_are_tested(tmp_path):
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_differences_are_tested(tmp_path, seeds):
     data = {**TEN, "test_images": 20}
-    for loss, count in ((None, 4), ("kd", 10), ("dkd", 11)):
-        put_run(tmp_path, loss, None, data=data, right=np.arange(20) < count, dataset="folder")
-    rows = rows_of(tmp_path)[1]
-    # 2 / 2^6 and 2 / 2^7, the smaller one doubled.
-    assert rows["kd"]["to the student alone"].endswith("], p 0.0312")
-    assert rows["dkd"]["to the student alone"].endswith("], p 0.0312")
-    assert rows["dkd"]["to kd"].startswith("+5.00 [-") and rows["dkd"]["to kd"].endswith("], p 1.0000")
+    for seed in range(seeds):
+        for loss, count in ((None, 4), ("kd", 10), ("dkd", 11)):
+            put_run(tmp_path, loss, None, seed, data=data, right=np.arange(20) < count, dataset="folder")
+    text, rows = rows_of(tmp_path)
+    cells = [rows["kd"]["to the student alone"], rows["dkd"]["to the student alone"], rows["dkd"]["to kd"]]
+    if seeds == 1:  # what the images say, and no judgement
+        ps = ["over images, McNemar p 0.0312", "over images, McNemar p 0.0156", "over images, McNemar p 1.0000"]
+        assert "over test images, one seed" in text and "Holm" not in text
+    else:  # 2 / 2^6, 2 / 2^7 and 1, by Holm over all three
+        ps = ["p 0.0625", "p 0.0469", "p 1.0000"]
+        assert "Holm's correction over all 3 differences" in text
+    assert [cell.partition("] " if seeds == 1 else "], ")[2] for cell in cells] == ps
+
+
+def test_a_difference_has_one_answer_in_all_columns(tmp_path):
+    rng = np.random.default_rng(0)
+    data = {"dataset": "folder", "data": {**TEN, "test_images": 200}}
+    for seed in range(2):
+        for loss, alpha in ((None, 0.7), ("kd", 0.7), ("kd", "per epoch"), ("dkd", 0.7), ("dkd", "per epoch")):
+            put_run(tmp_path, loss, None, seed, alpha=alpha, right=rng.random(200) < 0.5, **data)
+    (found,), cells = suite.suites_of(results.read(tmp_path)), rows_of(tmp_path)[1]
+    assert len({each.spread for each in found.judged.values()}) == 1
+    assert cells["kd, per epoch"]["to kd"] == cells["kd, per epoch"]["to its constant"] != ""
+    # Four to the student, three to kd, and dkd's schedule to its constant; the same pair in two columns is one.
+    assert len(found.judged) == 8 and "over all 8 differences" in rows_of(tmp_path)[0]
 
 
 def test_shortened_runs_are_marked_and_not_compared_with_whole_ones(tmp_path):
@@ -294,13 +313,15 @@ def test_names_in_the_plot_do_not_overlap(tmp_path, monkeypatch):
         assert axes.get_window_extent().count_contains(box.corners()) == 4
 
 
-def test_the_map_of_schedules(tmp_path, monkeypatch):
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_the_map_of_schedules(tmp_path, monkeypatch, seeds):
     right = np.arange(20) < 10
     data = {"dataset": "folder", "data": {**TEN, "test_images": 20}}
-    put_run(tmp_path, "kd", None, right=right, **data)
-    put_run(tmp_path, "kd", None, right=np.arange(20) < 17, alpha="per epoch", **data)
-    put_run(tmp_path, "dkd", None, right=right, alpha="cosine", **data)
-    put_run(tmp_path, "dkd", None, right=right, alpha="per epoch", **data)
+    for seed in range(seeds):
+        put_run(tmp_path, "kd", None, seed, right=right, **data)
+        put_run(tmp_path, "kd", None, seed, right=np.arange(20) < 17, alpha="per epoch", **data)
+        put_run(tmp_path, "dkd", None, seed, right=right, alpha="cosine", **data)
+        put_run(tmp_path, "dkd", None, seed, right=right, alpha="per epoch", **data)
     drawn = []
     monkeypatch.setattr(plots, "_png", drawn.append)
     (found,) = suite.suites_of(results.read(tmp_path))
@@ -310,16 +331,20 @@ def test_the_map_of_schedules(tmp_path, monkeypatch):
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["kd", "dkd"]
     texts = {text.get_position(): text for text in axes.texts}
     assert {*texts} == {(0, 0), (2, 0), (1, 1), (2, 1)}
-    assert texts[2, 0].get_text() == "85.00\n± 7.98 (one run)"  # 100 sqrt(0.85 * 0.15 / 20)
-    assert texts[2, 0].get_weight() == "bold" and texts[0, 0].get_weight() == "normal"  # 2 / 2^7
+    # 100 sqrt(0.85 * 0.15 / 20)
+    assert texts[2, 0].get_text() == ("85.00\n± 7.98 (one run)" if seeds == 1 else "85.00\n± 0.00")
+    # Three times 2 / 2^7; one seed is not judged.
+    assert texts[2, 0].get_weight() == ("bold" if seeds == 2 else "normal") and texts[0, 0].get_weight() == "normal"
+    assert ("bold" in axes.get_xlabel()) == (seeds == 2)
     values = axes.images[0].get_array()
     assert values.filled(-1).tolist() == [[0, -1, pytest.approx(35)], [-1, -1, -1]]
-    # The table tells the same: of the losses by themselves, so without Holm's factor of two.
+    # The table tells the same.
     text, rows = rows_of(tmp_path)
     cells = {row: cells["to its constant"] for row, cells in rows.items()}
     assert cells.pop("kd, per epoch").startswith("+35.00 [") and {*cells.values()} == {""}
-    assert rows["kd, per epoch"]["to its constant"].endswith("], p 0.0156")
-    assert "- to its constant: to the row of the same loss with a constant alpha;" in text
+    told = "], p 0.0469" if seeds == 2 else "] over images, McNemar p 0.0156"
+    assert rows["kd, per epoch"]["to its constant"].endswith(told)
+    assert "- to its constant: to the row of the same loss with a constant alpha." in text
 
 
 def test_plots_are_files(tmp_path):
