@@ -22,8 +22,8 @@ import models
 from data import Dataset
 from recipes import RECIPES, Recipe
 from util import files, runtime
-from util.images import printable
 from util.runtime import Runtime, say
+from util.text import printable
 
 # A line of the card's table: what it is, its key in the JSON, how it is written.
 LINES = [

@@ -27,7 +27,8 @@ from torchvision.models import get_model_weights
 
 import models
 from models import TITLES
-from util import runstate
+from util import parsed, runstate
+from util.bounds import IMAGE_SIDE, MEAN, STD
 from util.files import replacing, sha256
 from util.runtime import UserError, say
 
@@ -113,6 +114,17 @@ SAFETENSORS_TYPES = {
 }
 
 KEPT = {"network", "classes", "image_size", "mean", "std"}  # of about.json, what every file of this project tells
+# What the values of about.json may be. The bounds keep arithmetic in float32 finite.
+ABOUT_CHECKS = {
+    "network": lambda value: parsed.text(value) and value.count("+") <= 1,
+    "classes": lambda value: parsed.list_of(parsed.text)(value) and len(set(value)) == len(value),
+    "image_size": IMAGE_SIDE.fits,
+    "mean": parsed.list_of(MEAN.fits, 3, 3),
+    "std": parsed.list_of(STD.fits, 3, 3),
+    "stem": lambda value: value in ("small", "standard"),
+    "job": parsed.text,
+    "run": parsed.a_dict,
+}
 
 State = dict[str, torch.Tensor]
 About = dict[str, Any]
@@ -128,7 +140,7 @@ def save(network: torch.nn.Module, path: Path, about: About | None = None) -> No
     torch.save(state, buffer)
     if about is not None:
         text = json.dumps(about, allow_nan=False)  # in ASCII, as a name that is not UTF-8 has no other spelling
-        _parsed_about(text)
+        parsed_about(text)
         with zipfile.ZipFile(buffer, "a") as archive:
             archive.writestr(zipfile.ZipInfo(f"{ROOT}/{ABOUT}"), text)  # of 1980: equal weights make equal files
     buffer.seek(-2, io.SEEK_END)
@@ -143,23 +155,20 @@ def _seal(content: bytes | memoryview) -> bytes:
     return SEAL + hashlib.sha256(content).hexdigest().encode()
 
 
-def _parsed_about(text: str | bytes) -> About:
-    """What about.json says. Raises ValueError where it is not as `save` writes it."""
+class _Flawed(ValueError):
+    """What a file says of its network is not as `save` writes it; says which part."""
 
-    def numbers(value: Any) -> bool:
-        return isinstance(value, list) and len(value) == 3 and all(type(v) in (int, float) for v in value)
 
-    checks = {
-        "classes": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
-        "image_size": lambda value: type(value) is int and value > 0,
-        "mean": lambda value: numbers(value) and all(map(math.isfinite, value)),
-        "std": lambda value: numbers(value) and all(0 < v < math.inf for v in value),
-        "stem": lambda value: isinstance(value, str),
-        "network": lambda value: isinstance(value, str),
-    }
-    about = json.loads(text)
-    if not isinstance(about, dict) or not all(key not in about or check(about[key]) for key, check in checks.items()):
-        raise ValueError(f"{ABOUT} is not as it was written")
+def parsed_about(text: str | bytes) -> About:
+    """What about.json says. Raises _Flawed where it is not as `save` writes it."""
+    try:
+        about = parsed.loads(text)
+    except ValueError as error:
+        raise _Flawed(f"its {ABOUT} can't be read ({error})") from None
+    if not isinstance(about, dict):
+        raise _Flawed(f"its {ABOUT} is no JSON object")
+    if flaw := parsed.flaw(about, ABOUT_CHECKS, KEPT):
+        raise _Flawed(f"{flaw} in its {ABOUT} is missing or wrong")
     return about
 
 
@@ -168,13 +177,21 @@ def to_metadata(about: About) -> dict[str, str]:
     return {key: json.dumps(value, allow_nan=False) for key, value in about.items()}
 
 
-def from_metadata(metadata: dict[str, str]) -> About | None:
-    """What `to_metadata` wrote; None where it did not, as in a file of another program's."""
-    try:
-        about = {key: json.loads(value) for key, value in metadata.items()}
-        return None if KEPT - about.keys() else _parsed_about(json.dumps(about))
-    except (ValueError, TypeError, AttributeError):
+def from_metadata(metadata: dict[str, str] | None) -> About | None:
+    """What `to_metadata` wrote; None where it is another program's, which has none of its keys.
+
+    Raises ValueError where it is not as it was written.
+    """
+    if not isinstance(metadata, dict) or not KEPT & metadata.keys():
         return None
+    about = {}
+    for key, value in metadata.items():
+        try:
+            about[key] = parsed.loads(value)
+        except (ValueError, TypeError) as error:
+            if key in ABOUT_CHECKS:  # others may be another program's notes
+                raise _Flawed(f"{key} in its metadata can't be read ({error})") from None
+    return parsed_about(json.dumps(about))
 
 
 class _Foreign(Exception):
@@ -203,6 +220,8 @@ def read(path: Path, hint: str, kind: str | None = None) -> tuple[State, About |
     except pickle.UnpicklingError as error:
         refused = _code_in(content, str(error))
         raise UserError(f"{path} {refused or f'is damaged, or not a checkpoint of PyTorch; {hint}'}") from None
+    except _Flawed as error:
+        raise UserError(f"{path} is damaged: {error}; {hint}") from None
     except Exception:  # unzipping, unpickling and rebuilding tensors raise whatever the bytes lead them to
         what = "a safetensors file" if _is_safetensors(content, path.suffix) else "not a checkpoint of PyTorch"
         joined = "damaged (cut short?): " if what.startswith("a ") else "damaged (cut short?), or "
@@ -227,7 +246,7 @@ def _parsed(content: bytes, suffix: str) -> tuple[Any, About | None]:
     content, about = _checked(content)
     with torch.serialization.safe_globals(STAND_INS), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, of deprecated types and other protocols: what matters is said here
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True), about and _parsed_about(about)
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True), about and parsed_about(about)
 
 
 def _checked(content: bytes) -> tuple[bytes, bytes | None]:
@@ -519,7 +538,7 @@ def describe(state: State) -> Contents:
 def classes_in(state: State, arch: str, stem: str) -> int | None:
     """How many classes the network of that name, whose state_dict it is, tells apart; None where that can't be seen."""
     for name in models.classifier_weights(arch, stem):
-        if name in state:
+        if name in state and state[name].ndim:
             return len(state[name])
     return None
 

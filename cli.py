@@ -22,7 +22,7 @@ from jobs import Setup
 from recipes import RECIPES, TRAININGS, Recipe, under
 from teacher import Normalisation
 from util import files, processes, runtime, scalars
-from util.bounds import COUNT, NOT_NEGATIVE, POSITIVE, Bound
+from util.bounds import IMAGE_SIDE, MEAN, STD, Bound
 from util.processes import Lost, NotJoined
 from util.runtime import Diverged, Runtime, Stopped, UserError, say
 
@@ -109,7 +109,7 @@ def add_data_flags(parser: Parser) -> None:
     )
     group.add_argument(
         "--image_size",
-        type=number(COUNT),
+        type=number(IMAGE_SIDE),
         help="side that images are resized to (folder, csv, parquet: 32, tiny_imagenet: 64)",
     )
     group.add_argument(
@@ -178,7 +178,7 @@ def add_weights_flag(parser: Parser, default: str) -> None:
 
 def add_teacher_statistics_flags(parser: Parser) -> None:
     """Flags of the scripts that run a teacher."""
-    for name, words, bound in (("mean", "mean", NOT_NEGATIVE), ("std", "standard deviation", POSITIVE)):
+    for name, words, bound in (("mean", "mean", MEAN), ("std", "standard deviation", STD)):
         parser.add_argument(
             f"--teacher_{name}", type=functools.partial(statistics, bound), metavar="R,G,B",
             help=f"the {words} by which the teacher's images are normalised, pixels taken as 0 to 1, or imagenet; "

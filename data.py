@@ -33,7 +33,6 @@ from util.images import (
     find,
     fingerprint,
     image_digests,
-    printable,
     readable,
     refuse_unreadable,
     roots,
@@ -42,6 +41,7 @@ from util.listed import find_csv, find_parquet
 from util.packed import Row
 from util.processes import Processes
 from util.runtime import UserError, free_memory, say, send
+from util.text import printable
 
 DATASETS = ("cifar100", "cifar10", "tiny_imagenet", "folder", "csv", "parquet", "digits")
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)

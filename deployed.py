@@ -26,7 +26,7 @@ from data import Dataset, Split
 from models import FeatureStudent, folded
 from recipes import Recipe
 from util.images import ImageFiles
-from util.runtime import UserError, choose, inference_batch
+from util.runtime import UserError, choose, inference_batch, is_out_of_memory
 
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "safetensors": ".safetensors"}
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch": (), "safetensors": ("safetensors",)}
@@ -147,6 +147,8 @@ def content(form: str, network: nn.Module, about: About) -> bytes:
             program = _program(Deployed(network, about))
             return _onnx(program, about) if form == "onnx" else _pt2(program, about)
     except Exception as error:  # tracing, translating and writing raise anything
+        if is_out_of_memory(error):
+            raise
         reason = str(error).strip().partition("\n")[0]
         title = about["network"]
         raise UserError(f"{title} can't be written as {form} ({reason}); try --format safetensors") from error
@@ -250,7 +252,9 @@ def opened(path: Path, device: str, trust: bool = False) -> Opened:
     """
     if path.suffix in (".onnx", ".pt2"):
         if not path.is_file():
-            raise UserError(f"{path} does not exist; export.py makes such files")
+            raise UserError(
+                f"{path} {'is no regular file' if path.exists() else 'does not exist'}; export.py makes such files"
+            )
         if device not in ("auto", "cpu"):
             raise UserError(f"--device {device}: {path} runs on the CPU here; leave the flag away")
     if path.suffix == ".onnx":
@@ -282,31 +286,69 @@ def _opened_onnx(path: Path) -> Opened:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3  # errors
+    options.log_severity_level = 4  # fatal ones: what fails is raised as well
     try:
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        # By its content, as onnxruntime takes no path that is not UTF-8.
+        session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
         about = checkpoint.from_metadata(session.get_modelmeta().custom_metadata_map)
+        flows = [
+            [(flow.name, flow.type, len(flow.shape or ())) for flow in way]
+            for way in (session.get_inputs(), session.get_outputs())
+        ]
     except Exception as error:  # onnxruntime's own, which have no class in common
+        if is_out_of_memory(error):
+            raise
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{path} is damaged, or no ONNX model that onnxruntime can run: {reason}") from None
-    return Opened(
-        lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0]), _told(path, about)
-    )
+    about = _told(path, about)
+    if flows != [[("images", "tensor(uint8)", 4)], [("logits", "tensor(float)", 2)]]:
+        raise UserError(
+            f"{path} does not take uint8 images of 4 axes and give float logits of 2, as export.py's models do"
+        )
+
+    def classify(images: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+    return Opened(_checked(classify, path, about), about)
 
 
 def _opened_pt2(path: Path) -> Opened:
     extra = {checkpoint.ABOUT: ""}
     try:
         with _quiet():
-            model = torch.export.load(path, extra_files=extra).module()
-        about = json.loads(extra[checkpoint.ABOUT] or "null")
-    except Exception:  # of all kinds
+            model = torch.export.load(io.BytesIO(path.read_bytes()), extra_files=extra).module()
+        about = checkpoint.parsed_about(extra[checkpoint.ABOUT]) if extra[checkpoint.ABOUT] else None
+    except Exception as error:  # of all kinds
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{path} is damaged, or no program of torch.export") from None
-    return Opened(torch.inference_mode()(model), _told(path, about))
+    about = _told(path, about)
+    return Opened(_checked(torch.inference_mode()(model), path, about), about)
+
+
+def _checked(classify: Classify, path: Path, about: About) -> Classify:
+    """The function; it raises UserError where the file can't be run or gives anything but a logit for each class."""
+
+    def checked(images: torch.Tensor) -> torch.Tensor:
+        try:
+            logits = classify(images)
+        except Exception as error:  # of all kinds
+            if is_out_of_memory(error):
+                raise
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(
+                f"{path} can't be run on images of {images.shape[2]}x{images.shape[1]} pixels: {reason}"
+            ) from None
+        wanted = (len(images), len(about["classes"]))
+        if not isinstance(logits, torch.Tensor) or logits.dtype != torch.float32 or logits.shape != wanted:
+            raise UserError(f"{path} does not give a float32 logit for each of the {wanted[1]} classes that it names")
+        return logits
+
+    return checked
 
 
 def _told(path: Path, about: About | None) -> About:
-    if about is None or checkpoint.KEPT - about.keys():
+    if about is None:
         raise UserError(f"{path} says nothing of its classes; give a checkpoint or an export of this project's")
     return about
 

@@ -637,11 +637,13 @@ def load(
     if about and recipe.arch and models.canonical(about["network"]) != models.canonical(recipe.arch):
         raise UserError(f"{path} holds a {about['network']}, not the {recipe.arch} needed here")
     holds = checkpoint.describe(state)
-    told = holds.stem or (about and about["stem"])
+    told = holds.stem or (about and about.get("stem"))
     stem = told or models.stem_of(recipe.built, stem, image_size or 32)
     classes = len(about["classes"]) if about else checkpoint.classes_in(state, recipe.built, stem)
     if classes is None:
         raise UserError(f"{path} holds a {holds.title}, and says nothing of its classes")
+    if not any(value.ndim and len(value) == classes for value in state.values()):
+        raise UserError(f"{path} is damaged: it names {classes} classes, and no weight in it is of so many; {hint}")
     network = models.build(recipe.built, classes, stem)
     checkpoint.load(network, recipe.built, path, hint)
     return Trained(network, about, stem=None if told or not models.has_both_stems(recipe.built) else stem)

@@ -5,6 +5,7 @@ python predict.py --model student.onnx photo.jpg    # what export.py wrote, or a
 """
 
 import argparse
+import math
 
 import torch
 
@@ -13,8 +14,9 @@ import deployed
 import jobs
 from recipes import RECIPES
 from util import runtime
-from util.images import ImageFiles, images_below, printable
+from util.images import ImageFiles, images_below
 from util.runtime import UserError, say
+from util.text import printable
 
 BATCH = 64
 
@@ -50,7 +52,7 @@ def main() -> None:
         files += found
     problems += _predict(opened, ImageFiles(files, opened.about["image_size"]))
     if problems:
-        raise UserError(f"{problems} of what was given can't be read, see above; the others are done")
+        raise UserError(f"{problems} of what was given can't be read or classified, see above; the others are done")
 
 
 def refuse_idle(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -65,23 +67,27 @@ def refuse_idle(args: argparse.Namespace, parser: argparse.ArgumentParser) -> No
 
 
 def _predict(opened: deployed.Opened, images: ImageFiles) -> int:
-    """Print a line for each image that can be read, in order, and say what the others lack; how many these are."""
-    parts, unread, problems = torch.arange(len(images)).split(BATCH), 0, []
+    """Print a line for each image that can be classified, in order, and say why others can't; how many these are."""
+    parts, failed, problems = torch.arange(len(images)).split(BATCH), 0, []
     for part, pixels in zip(parts, images.read(parts, problems), strict=True):
         for problem in problems:
             say(str(problem))
         bad = {problem.path for problem in problems}
-        unread += len(problems)
+        failed += len(problems)
         problems.clear()
         good = [k for k, index in enumerate(part.tolist()) if images.paths[index] not in bad]
         if not good:
             continue
         probabilities, classes = opened.classify(pixels[good]).softmax(1).topk(min(5, len(opened.about["classes"])))
         for k, row, numbers in zip(good, probabilities.tolist(), classes.tolist(), strict=True):
-            names = [opened.about["classes"][number] for number in numbers]
+            if not math.isfinite(sum(row)):
+                failed += 1
+                say(f"the network gives no finite figures for {printable(images.paths[part[k]])}")
+                continue
+            names = [printable(opened.about["classes"][number]) for number in numbers]
             best = [f"{name} {100 * p:.2f}%" for name, p in zip(names, row, strict=True)]
             print("\t".join([printable(images.paths[part[k]]), *best]), flush=True)
-    return unread
+    return failed
 
 
 if __name__ == "__main__":

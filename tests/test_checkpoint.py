@@ -139,19 +139,33 @@ def test_what_travels_with_a_checkpoint(tmp_path, tiny):
     assert (tmp_path / "b.pth").read_bytes() == path.read_bytes()
 
 
+def with_about(**changes):
+    """The text of an about.json that is as it ought to be, but for these values; MISSING removes one."""
+    return json.dumps({key: value for key, value in {**ABOUT, **changes}.items() if value is not MISSING}).encode()
+
+
+MISSING = object()
+HUGE = 10**400
+NO_ABOUT = {
+    "classes": ("abc", [1], {"a": 1}, None, [], ["a", "a"], ["a", "b" * 2001], [["a"]], MISSING),
+    "image_size": (0, 32.5, 32.0, True, "32", -1, 70_000, HUGE, MISSING),
+    "mean": (0.5, [0.5, 0.5], ["0", "0", "0"], [0, 0, float("nan")], [1e308] * 3, [HUGE] * 3, [True] * 3, MISSING),
+    "std": ([1, 1, 0], [1, 1, -1], [1, 1, float("inf")], [1e-320] * 3, [1e308] * 3, [[1]] * 3, MISSING),
+    "stem": (3, "tiny", []),
+    "network": ([], "a+b+c", "x" * 2001, MISSING),
+    "job": (3,),
+    "run": ([1], "x", None),
+    "notes": (float("nan"), float("-inf")),
+}
+
+
 @pytest.mark.parametrize(
     "text",
     [
-        b"{",
-        b"[]",
-        b"\xff",
-        *(json.dumps({"classes": value}).encode() for value in ("abc", [1], {"a": 1}, None)),
-        *(json.dumps({"image_size": value}).encode() for value in (0, 32.5, True, "32")),
-        *(json.dumps({"mean": value}).encode() for value in (0.5, [0.5, 0.5], ["0", "0", "0"], [0, 0, float("nan")])),
-        *(json.dumps({"std": value}).encode() for value in ([1, 1, 0], [1, 1, -1], [1, 1, float("inf")])),
-        b'{"stem": 3}',
-        b'{"network": []}',
+        *(b"{", b"[]", b"\xff", b"[" * 100_000, b'{"notes": 1e999}'),
+        *(with_about(**{key: value}) for key, values in NO_ABOUT.items() for value in values),
     ],
+    ids=lambda text: text[:30],
 )
 @pytest.mark.parametrize("seal", [bytes, lambda content: sealed_anew(content)])
 def test_what_travels_with_a_checkpoint_is_checked(tmp_path, tiny, text, seal):
@@ -164,7 +178,7 @@ def test_what_travels_with_a_checkpoint_is_checked(tmp_path, tiny, text, seal):
 
 def test_nothing_is_written_that_could_not_be_read(tmp_path, tiny):
     with pytest.raises(ValueError, match="about.json"):
-        checkpoint.save(tiny, tmp_path / "a.pth", {"classes": "abc"})
+        checkpoint.save(tiny, tmp_path / "a.pth", {**ABOUT, "classes": "abc"})
     assert not os.listdir(tmp_path)
 
 

@@ -119,6 +119,52 @@ def test_bad_onnx_models(script, photos, tmp_path):
         assert ran.code == 2 and words in ran.err and len(ran.err.splitlines()) == 1, ran
 
 
+def onnx_model(path, about=ABOUT, *, value=None, input="images", output="logits", kind="UINT8"):
+    """Write an ONNX model that says that it is one of ours, and gives the value whatever the images."""
+    import onnx
+
+    h, value = onnx.helper, np.zeros((1, len(CLASSES)), np.float32) if value is None else value
+    tensor = onnx.numpy_helper.from_array(value)
+    graph = h.make_graph(
+        [h.make_node("Constant", [], [output], value=tensor)], "g",
+        [h.make_tensor_value_info(input, getattr(onnx.TensorProto, kind), ["n", "h", "w", 3])],
+        [h.make_tensor_value_info(output, tensor.data_type, list(value.shape))],
+    )  # fmt: skip
+    model = h.make_model(graph, opset_imports=[h.make_opsetid("", 18)], ir_version=9)
+    for key, text in checkpoint.to_metadata(about).items():
+        model.metadata_props.add(key=key, value=text)
+    onnx.save(model, path)
+    return path
+
+
+def test_an_onnx_model_is_held_to_what_it_says(script, photos, tmp_path):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    ran = script("predict.py", "--model", onnx_model(tmp_path / "right.onnx"), photos / "a.png")
+    assert ran.code == 0 and "nan" not in ran.out
+    cases = {
+        "fewer classes": {"value": np.zeros((1, 3), np.float32)},
+        "more classes": {"value": np.zeros((1, 9), np.float32)},
+        "whole numbers": {"value": np.zeros((1, 6), np.int64)},
+        "text": {"value": np.array([["a"] * 6], object)},
+        "one axis": {"value": np.zeros(6, np.float32)},
+        "another batch": {"value": np.zeros((2, 6), np.float32)},
+        "NaN": {"value": np.full((1, 6), np.nan, np.float32)},
+        "inf": {"value": np.full((1, 6), np.inf, np.float32)},
+        "input's name": {"input": "x"},
+        "output's name": {"output": "y"},
+        "input's type": {"kind": "FLOAT"},
+        "a size of text": {"about": {**ABOUT, "image_size": "16"}},
+        "a huge size": {"about": {**ABOUT, "image_size": 10**9}},
+        "no mean": {"about": {key: value for key, value in ABOUT.items() if key != "mean"}},
+    }
+    for what, options in cases.items():
+        path = onnx_model(tmp_path / "x.onnx", **options)
+        ran = script("predict.py", "--model", path, photos / "a.png")
+        assert ran.code == 2 and ran.out == "" and "x.onnx" in ran.err or what in ("NaN", "inf"), (what, ran)
+        assert "Traceback" not in ran.err and "nan" not in ran.out and ran.code == 2, (what, ran)
+
+
 def test_a_missing_onnxruntime_is_asked_for(script, photos, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     (tmp_path / "x.onnx").write_bytes(b"")

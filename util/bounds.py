@@ -24,9 +24,20 @@ class Bound(NamedTuple):
             raise ValueError(f"{shown} is not {self.words}")
         return value
 
+    def fits(self, value: object) -> bool:
+        """Whether the value, parsed from a file, is such a number already."""
+        try:
+            return type(value) in (int, self.kind) and self.parse(value) == value
+        except ValueError:
+            return False
+
 
 COUNT = Bound(int, "a whole number of at least 1", lambda x: x >= 1)
 POSITIVE = Bound(float, "a finite number above 0", lambda x: x > 0)
 NOT_NEGATIVE = Bound(float, "a finite number of at least 0", lambda x: x >= 0)
 FRACTION = Bound(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
 YES_OR_NO = Bound(int, "1 (yes) or 0 (no)", lambda x: x in (0, 1))
+IMAGE_SIDE = Bound(int, "a whole number from 1 to 10,000", lambda x: 1 <= x <= 10_000)
+# With these, images from 0 to 1 that are normalised in float32 stay finite.
+MEAN = Bound(float, "a number from 0 to 1,000,000", lambda x: 0 <= x <= 1e6)
+STD = Bound(float, "a number from 0.000001 to 1,000,000", lambda x: 1e-6 <= x <= 1e6)

@@ -26,6 +26,7 @@ from util import files
 from util.packed import Row
 from util.processes import local_size
 from util.runtime import UserError, say
+from util.text import printable
 
 TRAIN = ("train", "training")
 TEST = ("test", "val", "valid", "validation", "testing")
@@ -243,11 +244,6 @@ def some(names: Sequence[str | Path], n: int = 5) -> str:
     """The first of the names, and how many more there are."""
     more = f" and {len(names) - n:,} more" if len(names) > n else ""
     return ", ".join(printable(name) for name in names[:n]) + more
-
-
-def printable(path: str | Path) -> str:
-    """The path with those bytes escaped that are no UTF-8, which could not be printed."""
-    return os.fsencode(path).decode(errors="backslashreplace").replace("\n", "\\n")
 
 
 def class_name(folder: str) -> str:

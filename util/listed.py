@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from util.images import TEST, TRAIN, Found, class_name, printable, say_untested, some
+from util.images import TEST, TRAIN, Found, class_name, say_untested, some
 from util.packed import Packed, Row
 from util.runtime import UserError, say
+from util.text import printable
 
 COLUMNS = ("path", "label", "split")
 DELIMITERS = ",;\t"

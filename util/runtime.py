@@ -28,6 +28,17 @@ class Unsuited(UserError):
     """What was asked for can't be had here, though others of its kind can: of several, it may be left out."""
 
 
+# What libraries say where memory is missing: torch on a CPU, CUDA and its libraries, MPS, a system call.
+NO_MEMORY = r"can.?t allocate|cannot allocate|not enough memory|out of memory|ALLOC_FAILED|std::bad_alloc|new thread"
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether the error says that there is not the memory that was asked for, of a CPU or a GPU."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError | OSError) and bool(re.search(NO_MEMORY, str(error), re.IGNORECASE))
+
+
 class Diverged(Exception):
     """The loss or the weights became NaN or infinite. Scripts print it and exit with 1."""
 
