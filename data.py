@@ -372,9 +372,14 @@ def _stretched(start: torch.Tensor, length: torch.Tensor, size: int) -> torch.Te
 
 
 def _generator(seed: int, epoch: int, purpose: int) -> torch.Generator:
-    """A generator on the CPU, so that all devices see the same order; SeedSequence mixes its numbers well."""
-    state = np.random.SeedSequence([seed, epoch, purpose]).generate_state(2, np.uint32)
-    return torch.Generator().manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
+    """A generator on the CPU, so that all devices see the same order."""
+    return torch.Generator().manual_seed(mixed_seed(seed, epoch, purpose))
+
+
+def mixed_seed(*numbers: int) -> int:
+    """A seed that depends on all the numbers; SeedSequence mixes them well."""
+    state = np.random.SeedSequence(numbers).generate_state(2, np.uint32)
+    return int(state[0]) << 31 | int(state[1]) >> 1
 
 
 class TrainedWith(NamedTuple):

@@ -5,13 +5,14 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from types import ModuleType
 
 import numpy
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import Batch, Batches
+from data import Batch, Batches, mixed_seed
 from mixing import Mixed
 from models import folded
 from outputs import Outputs
@@ -20,6 +21,7 @@ from util.processes import Processes
 from util.runstate import Keeper, State
 from util.runtime import Diverged, Runtime, has_fused, widest
 
+STEPS = 3  # the purpose of random numbers, beside those of data.py and mixing.py
 TEST_LOSS_BATCH = 256  # Test Loss is defined over batches of this many images
 
 Terms = dict[str, torch.Tensor]
@@ -102,12 +104,14 @@ def fit(
         network.train()
         with _bar(f"{title} {epoch + 1}/{epochs}", batches, at.iteration, processes) as bar:
             for iteration, batch in enumerate(batches.epoch(epoch, at.iteration), at.iteration):
+                if processes.size > 1:  # else all would drop the same, and the state keeps one process's stream alone
+                    torch.manual_seed(mixed_seed(batches.seed, epoch, STEPS, iteration, processes.rank))
                 step(batch, teacher and teacher(batch), alpha[epoch, iteration], learning_rate(epoch, iteration))
                 bar.update(min(batches.batch_size, batches.n_images - bar.n))
                 if keeper.due():
                     at.iteration, at.seconds = iteration + 1, time.perf_counter() - started
                     processes.average_buffers(trained)
-                    keeper.save(_snapshot(network, objective, optimiser, at, processes))
+                    keeper.save(_snapshot(network, objective, optimiser, at, runtime))
         # Each process normalised its own parts of the batches; what is kept has the mean of their statistics.
         processes.average_buffers(trained)
         means = at.means(batches.n_images, processes)
@@ -124,7 +128,7 @@ def fit(
         keeper.figures.append(figures)
         yield figures
         if keeper.path and (epoch + 1 == epochs or keeper.idle()):
-            keeper.save(_snapshot(network, objective, optimiser, at, processes))
+            keeper.save(_snapshot(network, objective, optimiser, at, runtime))
 
 
 class Step:
@@ -255,7 +259,7 @@ def _snapshot(
     objective: torch.nn.Module,
     optimiser: torch.optim.Optimizer,
     at: Position,
-    processes: Processes,
+    runtime: Runtime,
 ) -> State:
     """A copy of all that the steps to come depend on, as tensors on the CPU and plain types."""
     return _copied(
@@ -263,10 +267,17 @@ def _snapshot(
             "network": network.state_dict(),
             "parts": objective.state_dict(),
             "optimiser": optimiser.state_dict(),
-            "position": vars(at.over_all(processes)),
+            "position": vars(at.over_all(runtime.processes)),
             "random": torch.get_rng_state(),
+            "random_device": _accelerator(runtime).get_rng_state() if _accelerator(runtime) else None,
         }
     )
+
+
+def _accelerator(runtime: Runtime) -> ModuleType | None:
+    """What torch has for the device, where that has a random stream of its own; None for a CPU."""
+    module = torch.get_device_module(runtime.device)
+    return module if hasattr(module, "get_rng_state") else None
 
 
 def _copied(value: object) -> object:
@@ -288,6 +299,8 @@ def _restore(
     objective.load_state_dict(state["parts"])
     optimiser.load_state_dict(state["optimiser"])
     torch.set_rng_state(state["random"])
+    if _accelerator(runtime) and state.get("random_device") is not None:  # which older states don't have
+        _accelerator(runtime).set_rng_state(state["random_device"])
     at = Position(**state["position"])
     # The sums are of all processes, so one alone goes on with them.
     mine = float(runtime.processes.main)

@@ -2,6 +2,7 @@
 
 import base64
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -209,3 +210,15 @@ def test_an_objective_draws_before_each_step(digits):
     loss.draw = lambda: drawn.append(loss.training)
     fit(student(), digits_batches(digits), objective=loss, epochs=2)
     assert len(drawn) == 4
+
+
+def test_a_state_keeps_the_random_stream_of_the_device(digits, cpu, monkeypatch):
+    given, network, objective = [], student(), Loss(F.cross_entropy)
+    gpu = SimpleNamespace(get_rng_state=lambda: torch.tensor([7]), set_rng_state=given.append)
+    monkeypatch.setattr(engine, "_accelerator", lambda runtime: gpu)
+    parts = network, objective, engine.adam(network.parameters())
+    state = engine._snapshot(*parts, engine.Position(), cpu)
+    engine._restore(state, *parts, cpu)
+    del state["random_device"]  # as older states are
+    engine._restore(state, *parts, cpu)
+    assert given == [torch.tensor([7])]

@@ -17,10 +17,12 @@ import cli
 import data
 import engine
 import jobs
+import losses
 import models
 import suites
 from data import Batches, Split
 from losses import LOSSES
+from outputs import Outputs
 from recipes import RECIPES
 from teacher import Teacher
 from util import processes
@@ -57,7 +59,7 @@ def thin_teacher(tmp_path, scaled_like_trained):
     return tmp_path / "resnet50.pth"
 
 
-def losses(out):
+def losses_in(out):
     return {int(epoch): float(loss) for epoch, loss in LOSS.findall(out)}
 
 
@@ -80,7 +82,7 @@ def test_two_processes_train_as_one(finished, small, thin_teacher, tmp_path, job
         flags = ["--checkpoint_dir", tmp_path / str(n), "--results_dir", tmp_path / str(n)]
         out, err = finished(n, *args, *flags, changes="thin,frozen_bn")
         assert out.count("Epoch") == 3 and out.count("Test Loss") == 1  # the main process alone speaks
-        runs[n] = losses(out)
+        runs[n] = losses_in(out)
     assert runs[2] == pytest.approx(runs[1], rel=1e-5)
     name = f"{RECIPES[job].checkpoint}.pth"
     one, two = weights(tmp_path / "1" / name), weights(tmp_path / "2" / name)
@@ -130,7 +132,7 @@ def test_under_torchrun_a_run_that_lost_a_process_goes_on_and_stops_at_a_signal(
     assert running.returncode != 0 and "going on after 2 epochs" in err and "--resume" in err
     assert (tmp_path / "b" / "resnet18.state").exists() and not (tmp_path / "b" / "resnet18.pth").exists()
     end, _ = finished(2, *args, *folders["b"], "--resume")
-    assert losses("".join(out) + rest + end) == losses(expected)
+    assert losses_in("".join(out) + rest + end) == losses_in(expected)
     one, two = (weights(tmp_path / name / "resnet18.pth") for name in folders)
     assert all(value.equal(two[key]) for key, value in one.items())
 
@@ -264,6 +266,38 @@ def test_each_loss_has_the_gradients_and_figures_of_one_process(as_one_and_as_se
         largest = max(value.abs().max().item() for value in expected.values())
         for key, value in gradients.items():
             torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-5 * largest)
+
+
+def dropped(digits, rank, size, start=0):
+    """What a network drops in three epochs of four steps, from epoch `start` on, if it is that process of so many."""
+    given = []
+
+    class Network(torch.nn.Linear):
+        def forward(self, images):
+            given.append(F.dropout(torch.ones(64)))
+            return Outputs(super().forward(images.flatten(1)))
+
+    split, where = Split(digits.train.images[:8], digits.train.labels[:8]), One(rank, size)
+    batches = Batches(split, digits.mean, digits.std, 2, CPU, shuffle=True, seed=1, processes=where)
+    torch.manual_seed(1)
+    list(engine.fit(
+        Network(192, 10), batches, losses.Objective(RECIPES["student"]), alpha=torch.ones(3, 4), start=start,
+        learning_rate=lambda *_: 0.1, runtime=Runtime(CPU, "fp32", where),
+    ))  # fmt: skip
+    return torch.stack(given)
+
+
+def test_each_process_drops_its_own_and_the_same_when_the_run_goes_on(digits):
+    both = torch.cat([dropped(digits, rank, 2) for rank in (0, 1)])
+    assert len(both) == 24 and len(both.unique(dim=0)) == 24
+    assert dropped(digits, 1, 2, start=2).equal(both[-4:])
+
+
+def test_one_process_drops_by_the_seed_alone(digits):
+    torch.manual_seed(1)
+    torch.nn.Linear(192, 10)
+    expected = torch.stack([F.dropout(torch.ones(64)) for _ in range(12)])
+    assert dropped(digits, 0, 1).equal(expected)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
