@@ -130,8 +130,8 @@ State = dict[str, torch.Tensor]
 About = dict[str, Any]
 
 
-def save(network: torch.nn.Module, path: Path, about: About | None = None) -> None:
-    """Write the network's state_dict to `path`, atomically, as plain contiguous tensors on the CPU.
+def save(network: torch.nn.Module, path: Path, about: About | None = None) -> str:
+    """Write the network's state_dict to `path`, atomically, as plain contiguous tensors on the CPU. Return its SHA-256.
 
     about: what travels with it, of JSON's types: classes (names), image_size, mean, std, stem, network, and more.
     """
@@ -145,9 +145,12 @@ def save(network: torch.nn.Module, path: Path, about: About | None = None) -> No
             archive.writestr(zipfile.ZipInfo(f"{ROOT}/{ABOUT}"), text)  # of 1980: equal weights make equal files
     buffer.seek(-2, io.SEEK_END)
     buffer.write(struct.pack("<H", SEAL_SIZE))
+    digest = hashlib.sha256()
     with replacing(path) as file:
-        file.write(buffer.getbuffer())
-        file.write(_seal(buffer.getbuffer()))
+        for part in (buffer.getbuffer(), _seal(buffer.getbuffer())):
+            file.write(part)
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def _seal(content: bytes | memoryview) -> bytes:
@@ -207,6 +210,11 @@ def read(path: Path, hint: str, kind: str | None = None) -> tuple[State, About |
 
     Raises UserError for a file that is missing, damaged, no state_dict, or a pickle that would run code (not run).
     """
+    return read_hashed(path, hint, kind)[:2]
+
+
+def read_hashed(path: Path, hint: str, kind: str | None = None) -> tuple[State, About | None, str]:
+    """Return what `read` does, and the SHA-256 of the bytes that it is from: the file may be another one afterwards."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -227,7 +235,7 @@ def read(path: Path, hint: str, kind: str | None = None) -> tuple[State, About |
         joined = "damaged (cut short?): " if what.startswith("a ") else "damaged (cut short?), or "
         raise UserError(f"{path} is {joined}{what}; {hint}") from None
     own = content[-SEAL_SIZE:].startswith(SEAL)
-    return _plain(value if own else _taken(value, path, kind), path), about
+    return _plain(value if own else _taken(value, path, kind), path), about, hashlib.sha256(content).hexdigest()
 
 
 def _parsed(content: bytes, suffix: str) -> tuple[Any, About | None]:
@@ -564,12 +572,16 @@ def _architecture(state: dict[str, Any]) -> str:
 
 
 def load(network: torch.nn.Module, kind: str, path: Path, hint: str) -> torch.nn.Module:
-    """Load the file into the network of that kind, a name that models.build knows, strictly.
+    """Load the file into the network, as `fill` does. Raises UserError as `read` and `fill` do."""
+    return fill(network, kind, read(path, hint, kind)[0], path)
 
-    Both layouts of a feature student load. Raises UserError as `read` and `fit_into` do, and for a checkpoint of
-    another architecture or another number of classes; then the network is as it was.
+
+def fill(network: torch.nn.Module, kind: str, state: State, path: Path) -> torch.nn.Module:
+    """Load what `read` gave from `path` into the network of that kind, a name that models.build knows, strictly.
+
+    Both layouts of a feature student load. Raises UserError as `fit_into` does, and for a checkpoint of another
+    architecture or another number of classes; then the network is as it was.
     """
-    state, _ = read(path, hint, kind)
     holds, wanted = describe(state), describe(network.state_dict())
     if holds.title != wanted.title:
         needed = kind if wanted.title == OTHER else wanted.title
@@ -618,17 +630,20 @@ def _named_as(expected: State, state: State) -> State:
     return {names.get(key, key): value for key, value in state.items()}
 
 
-def start(network: torch.nn.Module, source: str, arch: str = "teacher", stem: str = "small") -> None:
+def start(network: torch.nn.Module, source: str, arch: str = "teacher", stem: str = "small") -> str | None:
     """Give the network the weights that it starts from, all but its stem and classifier, where those are its own.
 
     source: "imagenet", for torchvision's weights; a file with such a network's weights; "none" leaves the random ones.
-    Raises UserError where the weights can't be had or are of another network.
+    Return the SHA-256 of the file's bytes, None for "none". Raises UserError where the weights can't be had or are of
+    another network.
     """
     if source == "none":
-        return
+        return None
     path = _imagenet_file(arch) if source == "imagenet" else Path(os.path.expanduser(source))
     called = TITLES.get(models.canonical(arch), arch)
-    state, _ = read(path, f"give --weights a state_dict of torchvision's {called}, or none", arch)
+    state, _, digest = read_hashed(path, f"give --weights a state_dict of torchvision's {called}, or none", arch)
+    if source == "imagenet" and not digest.startswith(path.stem.rpartition("-")[2]):
+        raise UserError(f"{path} has changed since it was checked; start again")
     own = tuple(f"{name.rpartition('.')[0]}." for name in models.own_weights(arch, stem))
     state = {key: value for key, value in state.items() if not key.startswith(own)}
     state |= {key: value for key, value in network.state_dict().items() if key.startswith(own)}
@@ -636,6 +651,7 @@ def start(network: torch.nn.Module, source: str, arch: str = "teacher", stem: st
     if title != TITLES.get(models.canonical(arch), OTHER):
         raise UserError(f"--weights {path} holds a {title}, not a {called}")
     fit_into(network, state, path, models.surplus(arch))
+    return digest
 
 
 def imagenet_url(arch: str) -> str | None:

@@ -7,7 +7,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,12 +95,13 @@ class Paths(NamedTuple):
 class Trained(NamedTuple):
     """A network from a checkpoint, and what the file says of it; None where it says nothing.
 
-    given: the normalisation of its images, where the user tells it. stem: which it was built with, where the file fits
-    either; else None.
+    sha256: of the file's bytes that they are from. given: the normalisation of its images, where the user tells it.
+    stem: which it was built with, where the file fits either; else None.
     """
 
     network: nn.Module
     about: dict[str, Any] | None
+    sha256: str
     given: Normalisation | None = None
     stem: str | None = None
 
@@ -176,7 +177,11 @@ def start_of(recipe: Recipe, setup: Setup) -> str | None:
 def _content_of(start: str | None) -> str | None:
     """What a network starts from: of a file its content, wherever it lies."""
     file = _file_of(start)
-    return f"a file of sha256 {sha256(file)}" if file and file.is_file() else start
+    return _file_told(sha256(file)) if file and file.is_file() else start
+
+
+def _file_told(digest: str) -> str:
+    return f"a file of sha256 {digest}"
 
 
 def _file_of(start: str | None) -> Path | None:
@@ -265,8 +270,8 @@ def train(recipe: Recipe, setup: Setup, teacher: Teacher | None = None) -> None:
             scalars.add(recipe.epochs, _of_test(figures))
         with keeper.finishing():
             if processes.main:
-                checkpoint.save(network, there.checkpoint, about(recipe, setup, run))
-                _write_result(_result(recipe, setup, teacher, run, keeper.figures, figures, costs), there)
+                digest = checkpoint.save(network, there.checkpoint, about(recipe, setup, run))
+                _write_result(_result(recipe, setup, teacher, run, keeper.figures, figures, costs, digest), there)
 
 
 def show(done: Result, there: Paths, setup: Setup) -> None:
@@ -363,6 +368,7 @@ def _result(
     epochs: list[engine.Figures],
     figures: engine.Figures,
     costs: dict[str, int],
+    digest: str,
 ) -> Result:
     """What is kept of a finished run: what it was, what it took, and the figures of its epochs and of its test."""
     there, seconds = paths(recipe, setup), sum(epoch["seconds"] for epoch in epochs)
@@ -375,7 +381,7 @@ def _result(
         seconds=seconds,
         images_per_second=recipe.epochs * len(setup.dataset.train.labels) / seconds,
         checkpoint=there.checkpoint.name,
-        checkpoint_sha256=sha256(there.checkpoint),
+        checkpoint_sha256=digest,
         versions=versions(),
         device=setup.runtime.describe(),
         processes=setup.runtime.processes.size,
@@ -477,12 +483,17 @@ def _fresh(recipe: Recipe, setup: Setup, keeper: Keeper, shorter: Result | None)
     network = models.build(recipe.built, setup.dataset.num_classes, stem_of(recipe, setup))
     if shorter and not keeper.state:
         path = paths(recipe, setup).checkpoint
+        state, _, digest = checkpoint.read_hashed(path, ADVICE, recipe.built)
+        if digest != shorter.checkpoint_sha256:
+            raise UserError(f"{path} has changed since this run began; start it again")
         anew = "a fresh optimizer" + " and what the loss learns begun anew" * bool(shorter.extra_parameters)
         say(f"{recipe.job}: training on from the {len(shorter.epochs)} epochs of {path}, with {anew}")
-        checkpoint.load(network, recipe.built, path, ADVICE)
-    elif start_of(recipe, setup) and not keeper.state:
+        checkpoint.fill(network, recipe.built, state, path)
+    elif (start := start_of(recipe, setup)) and not keeper.state:
         with processes.first_on_its_machine():
-            checkpoint.start(network, start_of(recipe, setup), recipe.built, stem_of(recipe, setup))
+            digest = checkpoint.start(network, start, recipe.built, stem_of(recipe, setup))
+        if _file_of(start) and keeper.identity["weights"] != _file_told(digest):
+            raise UserError(f"--weights {start} has changed since this run began; start it again")
     if runtime.device.type == "cpu":
         replace_all(network)
     if _synchronises(setup):
@@ -633,7 +644,7 @@ def load(
     them, for a checkpoint that does not show its stem.
     """
     hint = _how_to_make(recipe, path, dataset)
-    state, about = checkpoint.read(path, hint, recipe.built)
+    state, about, digest = checkpoint.read_hashed(path, hint, recipe.built)
     if about and recipe.arch and models.canonical(about["network"]) != models.canonical(recipe.arch):
         raise UserError(f"{path} holds a {about['network']}, not the {recipe.arch} needed here")
     holds = checkpoint.describe(state)
@@ -645,8 +656,8 @@ def load(
     if not any(value.ndim and len(value) == classes for value in state.values()):
         raise UserError(f"{path} is damaged: it names {classes} classes, and no weight in it is of so many; {hint}")
     network = models.build(recipe.built, classes, stem)
-    checkpoint.load(network, recipe.built, path, hint)
-    return Trained(network, about, stem=None if told or not models.has_both_stems(recipe.built) else stem)
+    checkpoint.fill(network, recipe.built, state, path)
+    return Trained(network, about, digest, stem=None if told or not models.has_both_stems(recipe.built) else stem)
 
 
 def _how_to_make(recipe: Recipe, path: Path, dataset: str) -> str:
@@ -700,7 +711,13 @@ def make_teacher(trained: Trained, path: Path, setup: Setup, cache: bool, rows: 
     if trained.about and trained.about["image_size"] != dataset.image_size:
         own, size = trained.about["image_size"], dataset.image_size
         say(f"the teacher was trained on images of {own}x{own} pixels and is shown images of {size}x{size}")
+    number, processes = int(trained.sha256[:15], 16), setup.runtime.processes
+    if processes.all_reduce_max(processes.broadcast(number) != number):
+        raise UserError(f"{path} has changed while the processes read it; start again")
     top1 = evaluate(trained.network, dataset, plain(setup.runtime), trained.normalisation)["top1"]
+    with suppress(OSError):
+        if not path.is_file() or sha256(path) != trained.sha256:
+            say(f"{path} has changed since it was read: the teacher is the one that was read ({trained.sha256[:8]})")
     print(f"Teacher Top-1: {top1:.8f}%", flush=True)
     chance = 100 / dataset.num_classes
     if top1 < chance + AT_CHANCE * (100 - chance):
@@ -711,7 +728,7 @@ def make_teacher(trained: Trained, path: Path, setup: Setup, cache: bool, rows: 
     return Teacher(
         trained.network,
         setup.runtime,
-        sha256(path),
+        trained.sha256,
         top1,
         cache_dir=setup.checkpoint_dir / "teacher_cache" if cache else None,
         needs=frozenset().union(*map(losses.needs_of, rows)),

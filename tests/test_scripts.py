@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import hashlib
 import json
 import os
 import pty
@@ -11,12 +12,14 @@ import signal
 import struct
 import termios
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from cifar_files import write_cifar10, write_cifar100
 
+import checkpoint
 import data
 import jobs
 import models
@@ -628,3 +631,51 @@ def test_a_bar_on_a_terminal(process, ready):
     out = running.communicate(timeout=60)[0]
     assert b"student 1/2" in shown and b"img/s" in shown
     lines_are(out, EPOCH, EPOCH, TEST, MEAN)
+
+
+def replaced_while(monkeypatch, owner, name, path, content):
+    """Have the file at path replaced before that function of the owner's is called."""
+    function = getattr(owner, name)
+
+    def replace_first(*args, **options):
+        other = path.with_suffix(".new")
+        other.write_bytes(content)
+        os.replace(other, path)
+        return function(*args, **options)
+
+    monkeypatch.setattr(owner, name, replace_first)
+
+
+def test_a_result_names_the_teacher_that_was_read(script, small, light, tmp_path, monkeypatch):
+    """And the next run does not learn from what was remembered of it."""
+    path, good = tmp_path / "teacher.pth", Path(light[1]).read_bytes()
+    torch.manual_seed(9)
+    checkpoint.save(models.build("resnet20", 4), path)
+    read = hashlib.sha256(path.read_bytes()).hexdigest()
+    common = ["train_distillation.py", *small, "--teacher", path, *light[2:], "--batch_size", 20, "--epochs", 1]
+    clean, result = ["--checkpoint_dir", "c", "--results_dir", "r"], tmp_path / "results" / "folder"
+    with monkeypatch.context() as patched:
+        replaced_while(patched, jobs, "evaluate", path, good)
+        ran = script(*common)
+    assert ran.code == 0 and "teacher.pth has changed since it was read" in ran.err
+    (result,) = result.glob("*.json")
+    assert json.loads(result.read_text())["teacher"]["sha256"] == read != hashlib.sha256(good).hexdigest()
+    ran = script(*common, "--overwrite")
+    assert ran.code == 0 and "has changed" not in ran.err
+    assert ran.out == script(*common, *clean).out
+
+
+@pytest.mark.parametrize("what", ["weights", "shorter"])
+def test_what_a_run_starts_from_is_what_its_result_names(script, small, tmp_path, monkeypatch, what):
+    files = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        files.append(tmp_path / f"{seed}.pth")
+        checkpoint.save(models.build("resnet20", 4), files[-1])
+    common = ["train.py", "--model_job", "student", "--student_arch", "resnet20", *small, "--batch_size", 20]
+    path, flags = files[0], ["--weights", files[0]]
+    if what == "shorter":
+        assert script(*common, "--epochs", 1).code == 0
+        path, flags = tmp_path / "checkpoints" / "folder" / "student_resnet20.pth", ["--resume"]
+    replaced_while(monkeypatch, torch, "manual_seed", path, files[1].read_bytes())  # before the network is built
+    refused(script(*common, *flags, "--epochs", 2), f"{path.name} has changed since this run began; start it again")
