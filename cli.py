@@ -380,8 +380,8 @@ def refuse_idle(args: argparse.Namespace) -> None:
 
 
 def _mode(args: argparse.Namespace) -> str:
-    """What --resume and --overwrite ask for, as jobs.Setup has it; restarted by torchrun, a run goes on."""
-    return "resume" if args.resume or processes.restarted() else "overwrite" if args.overwrite else "new"
+    """What --resume and --overwrite ask for, as jobs.Setup has it."""
+    return "resume" if args.resume else "overwrite" if args.overwrite else "new"
 
 
 def add_seed_flag(parser: argparse._ActionsContainer) -> None:
@@ -631,7 +631,9 @@ def _code(main: Callable[[], None], go_on: str) -> int:
     except Stopped as error:
         # By name, as Python has no such signal on Windows.
         code = 0 if signal.Signals(error.number).name == "SIGUSR1" else 128 + error.number
-        command = [arg for arg in sys.argv if arg not in ("--resume", "--overwrite")] + [go_on] * bool(go_on)
+        command = sys.argv
+        if error.path.exists():  # else no state is there yet, and what the flags ask for is still to do
+            command = [arg for arg in sys.argv if arg not in ("--resume", "--overwrite")] + [go_on] * bool(go_on)
         say(f"\n{name}: interrupted; go on with: python {shlex.join(command)}")
     except KeyboardInterrupt:
         code = 130

@@ -27,9 +27,11 @@ from outputs import Outputs
 from recipes import RECIPES, TRAININGS, Recipe, described, milestones, warmup_epochs
 from report.results import Result, epochs_csv
 from teacher import Normalisation, Teacher
+from util import runstate
 from util.convolution import replace_all
 from util.files import ensure_writable, remove_leftovers, replacing, sha256
 from util.graphs import Graphed, possible
+from util.processes import restarted, torchrun
 from util.runstate import Keeper, differences, refuse_difference
 from util.runtime import (
     Diverged,
@@ -52,8 +54,8 @@ class Setup:
     crop and flip of the training images, which a recipe's training may have by itself. weights: what the network starts
     from, see start_of. compile: the network that is trained, and a teacher that runs at every step. cuda_graphs: a step
     on CUDA is one CUDA graph, see util.graphs. stem: of the networks, "small", "standard", or "auto", by the images'
-    size. mode: "new", "resume" or "overwrite", what to do with what an earlier run left. sync_bn: of several processes
-    on CUDA, batch norm takes its statistics over all parts of a batch. tensorboard: write the figures for it, too.
+    size. mode: "new", "resume" or "overwrite", see OnDisk. sync_bn: of several processes on CUDA, batch norm takes its
+    statistics over all parts of a batch. tensorboard: write the figures for it, too.
     overwrites: whether --overwrite and --name are there to advise.
     """
 
@@ -188,10 +190,10 @@ def _file_of(start: str | None) -> Path | None:
     return None if start in (None, "none", "imagenet") else Path(start).expanduser()
 
 
-def _unknowable(recipe: Recipe, setup: Setup) -> tuple[str, ...]:
-    """What of the identity can't be told any more: where the file is gone that the network started from."""
+def _untold(recipe: Recipe, setup: Setup) -> tuple[str, ...]:
+    """What of the identity only the disk can tell: the warm start, and the weights where their file is gone."""
     file = _file_of(start_of(recipe, setup))
-    return ("weights",) if file and not file.is_file() else ()
+    return ("warm_start", "weights") if file and not file.is_file() else ("warm_start",)
 
 
 def _is_damaged(path: Path) -> bool:
@@ -202,30 +204,129 @@ def _is_damaged(path: Path) -> bool:
     return False
 
 
-def finished(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> Result | None:
-    """The result of this very run, where it is on the disk with the checkpoint that it is about.
-
-    None where there is nothing, or where the checkpoint is gone or damaged. Raises UserError where the work of another
-    run is in its place, or a checkpoint that is none of this run's: nothing finished is replaced unasked.
-    """
-    advice = ADVICE if setup.overwrites else OTHER_FOLDERS
-    there, now, untold = paths(recipe, setup), identity(recipe, setup, teacher), _unknowable(recipe, setup)
-    result = Result.read(there.result) if there.result.exists() else None
-    if result:
-        refuse_difference(asdict(result), now, there.result, advice, may_differ=untold)
-        if there.checkpoint.exists() and result.checkpoint_sha256 == sha256(there.checkpoint):
-            return result
-        if there.checkpoint.exists() and not _is_damaged(there.checkpoint):
-            raise UserError(f"{there.checkpoint} is not the checkpoint that {there.result} tells of; {advice}")
+def _digest(path: Path) -> str | None:
+    """The file's SHA-256; None where there is none. Raises UserError."""
+    try:
+        return sha256(path)
+    except FileNotFoundError:
         return None
-    if there.checkpoint.exists():
-        _, about = checkpoint.read(there.checkpoint, advice)
-        if not (about and "run" in about):
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+@dataclass(frozen=True)
+class OnDisk:
+    """What lies on the disk for a run, as `on_disk` reads it before anything is changed.
+
+    state: the run is unfinished. result: it is finished. another: what lies there is another run's, and why. Nothing
+    lies there where all three are missing. shorter: that other run's result, where it differs in having fewer epochs
+    alone. lost: a line to say where the run's checkpoint is gone or damaged. digests: of the checkpoint and the result,
+    None for a missing file.
+
+    What a run does by what lies there and by its mode:
+
+                     new           resume         overwrite     restarted by torchrun
+        nothing      starts        starts         starts        starts
+        unfinished   is refused    goes on        starts over   goes on
+        finished     prints it     prints it      starts over   prints it
+        another's    is refused    is refused *   starts over   as its flags say
+
+    * It trains on from a finished run of fewer epochs.
+    A restarted run does this with what the same torchrun began or finished, and otherwise what its flags say: so it
+    never finishes what --overwrite is to replace, nor goes on with what its first start was refused for.
+    """
+
+    digests: dict[str, str | None]
+    state: dict[str, Any] | None = None
+    result: Result | None = None
+    another: str = ""
+    shorter: Result | None = None
+    lost: str = ""
+
+    def is_of(self, torchrun: str, mode: str) -> bool:
+        """Whether a run that this torchrun started in this mode began or finished it."""
+        if self.state:
+            begun = self.state.get("begun", {})
+            return (begun.get("torchrun"), begun.get("mode")) == (torchrun, mode)
+        return bool(self.result and torchrun and self.result.torchrun == torchrun)
+
+    def taken(self, mode: str, state: Path) -> "OnDisk":
+        """What of it a run in this mode starts from. Raises UserError where the run is refused. state: its file."""
+        if mode == "overwrite":
+            return OnDisk(self.digests)
+        if self.another and not (self.shorter and mode == "resume"):
+            raise UserError(self.another)
+        if self.state and mode == "new":
             raise UserError(
-                f"{there.checkpoint} is there, and {there.result}, which would tell its run, is not; {advice}"
+                f"{state} is the state of a run that was not finished: go on with --resume, or start over with "
+                "--overwrite"
             )
-        refuse_difference(about["run"], now, there.checkpoint, advice, may_differ=untold)
-    return None
+        return self
+
+
+def on_disk(recipe: Recipe, setup: Setup, now: dict[str, Any]) -> OnDisk:
+    """Read what lies on the disk for the run of this identity. Raises UserError for a file that can't be read."""
+    there, untold = paths(recipe, setup), _untold(recipe, setup)
+    advice = ADVICE if setup.overwrites else OTHER_FOLDERS
+    digests = {"checkpoint": _digest(there.checkpoint), "result": _digest(there.result)}
+    shorter = None
+    try:
+        if state := runstate.find(there.state):
+            _refuse_other_state(state, recipe, setup, now, untold)
+            _refuse_newcomers(state, there, digests, advice)
+            return OnDisk(digests, state=state)
+        if not digests["result"]:
+            if digests["checkpoint"]:
+                _refuse_other_checkpoint(there, now, advice, untold)
+            return OnDisk(digests)
+        result = Result.read(there.result)
+        is_whole = digests["checkpoint"] == result.checkpoint_sha256
+        differ = differences(asdict(result), now).keys() - {*untold}
+        if differ == {"recipe.epochs"} and result.recipe["epochs"] < recipe.epochs:
+            if scheduled := _scheduled(recipe):
+                advice = f"{scheduled} depends on the number of epochs, so more can't be added; {advice}"
+            elif is_whole:
+                shorter = result
+        refuse_difference(asdict(result), now, there.result, advice, untold)
+        if is_whole:
+            return OnDisk(digests, result=result)
+        if digests["checkpoint"] and not _is_damaged(there.checkpoint):
+            raise UserError(f"{there.checkpoint} is not the checkpoint that {there.result} tells of; {advice}")
+    except UserError as error:
+        return OnDisk(digests, another=str(error), shorter=shorter)
+    return OnDisk(
+        digests, lost=f"{there.checkpoint}, which {there.result} tells of, is gone or damaged: it is trained anew"
+    )
+
+
+def _refuse_other_state(
+    state: dict[str, Any], recipe: Recipe, setup: Setup, now: dict[str, Any], untold: tuple[str, ...]
+) -> None:
+    """Raise UserError for another run's state. One of fewer epochs is this run's where nothing depends on them."""
+    path, epochs = paths(recipe, setup).state, () if _scheduled(recipe) else ("recipe.epochs",)
+    advice = "give the same, or " + ("start over with --overwrite" if setup.overwrites else "move it away")
+    refuse_difference(state["identity"], now, path, advice, (*epochs, *untold))
+    if (before := state["identity"]["recipe"]["epochs"]) > recipe.epochs:
+        found = f"recipe.epochs: {before} there, {recipe.epochs} now"
+        raise UserError(f"{path} comes from other settings ({found}); {advice}")
+
+
+def _refuse_newcomers(state: dict[str, Any], there: Paths, digests: dict[str, str | None], advice: str) -> None:
+    """Raise UserError for a checkpoint or a result that the state's run neither found when it began nor wrote."""
+    if "begun" not in state:  # an older state does not tell
+        return
+    replaces, run = state["begun"]["replaces"], state["identity"]
+    if digests["result"] not in (None, replaces["result"]):
+        refuse_difference(asdict(Result.read(there.result)), run, there.result, advice)
+    if digests["checkpoint"] not in (None, replaces["checkpoint"]):
+        _refuse_other_checkpoint(there, run, advice)
+
+
+def _refuse_other_checkpoint(there: Paths, run: dict[str, Any], advice: str, may_differ: tuple[str, ...] = ()) -> None:
+    _, about = checkpoint.read(there.checkpoint, advice)
+    if not (about and "run" in about):
+        raise UserError(f"{there.checkpoint} is there, and no result tells its run; {advice}")
+    refuse_difference(about["run"], run, there.checkpoint, advice, may_differ)
 
 
 def train(recipe: Recipe, setup: Setup, teacher: Teacher | None = None) -> None:
@@ -240,23 +341,28 @@ def train(recipe: Recipe, setup: Setup, teacher: Teacher | None = None) -> None:
     if recipe.arch:
         _pixels_of_last_map(recipe, setup)  # refuses images that are too small for it
     ensure_writable(there.checkpoint.parent, "--checkpoint_dir")
-    run, shorter = identity(recipe, setup, teacher), _shorter(recipe, setup, teacher)
-    if shorter:
-        run["warm_start"] = {"epochs": len(shorter.epochs), "checkpoint_sha256": shorter.checkpoint_sha256}
+    ensure_writable(there.result.parent, "--results_dir")
+    run = identity(recipe, setup, teacher)
     keeper = Keeper(there.state, run, processes)
-    with keeper.locked():
+    with keeper.locked(there.result):
         if processes.main:
-            remove_leftovers(there.checkpoint)
-        replaces = there.state.exists() or setup.mode == "overwrite" or shorter
-        done = None if replaces else finished(recipe, setup, teacher)
-        if done:
+            for path in (there.checkpoint, there.epochs, there.result):
+                remove_leftovers(path)
+        left = on_disk(recipe, setup, run)
+        again = processes.broadcast(restarted() and left.is_of(torchrun(), setup.mode))
+        left = left.taken("resume" if again else setup.mode, there.state)
+        if left.result:
             say(f"{there.result.stem}: finished already, see {there.result}; --overwrite trains it anew")
-            print_figures(done.test)
-            show(done, there, setup)
+            print_figures(left.result.test)
+            show(left.result, there, setup)
             return
-        if there.result.exists() and not replaces:
-            say(f"{there.checkpoint}, which {there.result} tells of, is gone or damaged: it is trained anew")
-        _begin(keeper, setup, recipe)
+        if left.lost:
+            say(left.lost)
+        if shorter := left.shorter:
+            run["warm_start"] = {"epochs": len(shorter.epochs), "checkpoint_sha256": shorter.checkpoint_sha256}
+        if left.state:
+            run |= {name: left.state["identity"].get(name) for name in _untold(recipe, setup)}
+        keeper.begin(left.state, torchrun=torchrun(), mode=setup.mode, replaces=left.digests)
         with closing(_scalars(there, setup)) as scalars:
             try:
                 network, costs = _trained(recipe, setup, teacher, keeper, shorter, scalars)
@@ -270,6 +376,7 @@ def train(recipe: Recipe, setup: Setup, teacher: Teacher | None = None) -> None:
             scalars.add(recipe.epochs, _of_test(figures))
         with keeper.finishing():
             if processes.main:
+                _refuse_changes(there, left.digests)
                 digest = checkpoint.save(network, there.checkpoint, about(recipe, setup, run))
                 _write_result(_result(recipe, setup, teacher, run, keeper.figures, figures, costs, digest), there)
 
@@ -299,39 +406,18 @@ def _of_test(figures: engine.Figures) -> engine.Figures:
     return {name if name == "test_loss" else f"test_{name}": figures[name] for name in ("top1", "top5", "test_loss")}
 
 
-def _begin(keeper: Keeper, setup: Setup, recipe: Recipe) -> None:
-    """Go on from the run's state, of this run or, which is the same where nothing depends on them, of fewer epochs."""
-    epochs = () if _scheduled(recipe) else ("recipe.epochs",)
-    advice = "give the same, or " + ("start over with --overwrite" if setup.overwrites else "move it away")
-    keeper.begin(setup.mode, advice, may_differ=(*epochs, *_unknowable(recipe, setup)))
-    if keeper.state and (there := keeper.state["identity"]["recipe"]["epochs"]) > recipe.epochs:
-        found = f"recipe.epochs: {there} there, {recipe.epochs} now"
-        raise UserError(f"{keeper.path} comes from other settings ({found}); {advice}")
+def _refuse_changes(there: Paths, digests: dict[str, str | None]) -> None:
+    """Raise UserError where another run has written the checkpoint or the result since, as it can without locks."""
+    for name, before in digests.items():
+        path = getattr(there, name)
+        if _digest(path) not in (None, before):
+            raise UserError(f"another run has written {path} meanwhile; move it away")
 
 
 def _write_result(result: Result, there: Paths) -> None:
     with replacing(there.epochs) as file:
         file.write(epochs_csv(result).encode())
     result.write(there.result)
-
-
-def _shorter(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> Result | None:
-    """With --resume, the finished run of fewer epochs, and otherwise this very run, that this one trains on from.
-
-    Raises UserError where alpha or the learning rate depends on the number of epochs, so such a run is another one.
-    """
-    there = paths(recipe, setup)
-    if setup.mode != "resume" or not (there.result.exists() and there.checkpoint.exists()):
-        return None
-    result, now = Result.read(there.result), identity(recipe, setup, teacher)
-    if list(differences(asdict(result), now)) != ["recipe.epochs"] or result.recipe["epochs"] > recipe.epochs:
-        return None
-    if scheduled := _scheduled(recipe):
-        raise UserError(
-            f"{there.result} is of {result.recipe['epochs']} epochs, and {scheduled} depends on their number: more "
-            f"can't be added; {ADVICE}"
-        )
-    return result if result.checkpoint_sha256 == sha256(there.checkpoint) else None
 
 
 def _scheduled(recipe: Recipe) -> str:
@@ -386,6 +472,7 @@ def _result(
         device=setup.runtime.describe(),
         processes=setup.runtime.processes.size,
         command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        torchrun=torchrun(),
         suite=recipe.suite,
         claimed=recipe.claimed and recipe.claimed._asdict(),
         **costs,

@@ -272,21 +272,18 @@ def run_once(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> None:
 
 def finished(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> Result | None:
     """The result of the run, if it is finished and none was begun since. Raises UserError where another's work is."""
-    there = jobs.paths(recipe, setup)
-    if there.state.exists():
-        return None
-    try:
-        done = jobs.finished(recipe, setup, teacher)
-        if done and done.warm_start:
-            raise UserError(
-                f"{there.result} is no run of its row: it has a warm_start from another; {jobs.OTHER_FOLDERS}"
-            )
-        return done
-    except UserError as error:
-        if recipe.network != "teacher" or recipe.suite:
-            raise
+    left, there = jobs.on_disk(recipe, setup, jobs.identity(recipe, setup, teacher)), jobs.paths(recipe, setup)
+    warm = there.state if left.state and left.state["identity"].get("warm_start") else None
+    warm = there.result if left.result and left.result.warm_start else warm
+    why = left.another
+    if warm:
+        why = f"{warm} is of no run of this row: it has a warm_start from another; {jobs.OTHER_FOLDERS}"
+    if why and recipe.network == "teacher" and not recipe.suite:
         others = " ".join(job for job in RECIPES if job != "teacher")
-        raise UserError(f"{error}; to distil from the teacher that is there: --jobs {others}") from None
+        why += f"; to distil from the teacher that is there: --jobs {others}"
+    if why:
+        raise UserError(why)
+    return left.result
 
 
 if __name__ == "__main__":

@@ -117,6 +117,7 @@ class Result:
 
     name: of the run's files; its job's, unless it was given one. teacher: {"sha256": ...} of the one it learnt from.
     warm_start: "epochs" and "checkpoint_sha256" of the finished run that it was trained on from.
+    torchrun: the name of the one that started its processes, see util.processes.
     suite: the table that it belongs to, "" for the table of the folder. claimed: what a paper says of it.
     extra_parameters: that the loss learnt besides the student's. peak_memory: in bytes, see runtime.peak_memory; 0
     where it is not known.
@@ -146,6 +147,7 @@ class Result:
     processes: int = 1
     command: str
     warm_start: dict | None = None
+    torchrun: str = ""
     suite: str = ""
     claimed: Claimed | None = None
     extra_parameters: int = 0

@@ -13,7 +13,7 @@ from util.runstate import flat
 # What a result tells besides its settings: figures, names, and the command, whose flags are the settings.
 NO_SETTINGS = {
     *("name", "teacher_top1", "epochs", "test", "seconds", "images_per_second"),
-    *("checkpoint", "checkpoint_sha256", "recipe.job", "recipe.checkpoint", "command"),
+    *("checkpoint", "checkpoint_sha256", "recipe.job", "recipe.checkpoint", "command", "torchrun"),
 }
 FIGURES: dict[str, Callable[[Result], str]] = {
     "top-1, %": lambda run: f"{run.test['top1']:.2f}",

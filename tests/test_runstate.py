@@ -294,9 +294,7 @@ def test_a_state_that_would_run_code_is_not_run(tmp_path, monkeypatch):
 def test_dying_between_two_renames_loses_nothing(state_file):
     os.replace(state_file, runstate.previous(state_file))
     keeper = runstate.Keeper(state_file, {})
-    with pytest.raises(UserError, match="not finished"):
-        keeper.begin("new")
-    keeper.begin("resume")
+    keeper.begin(runstate.find(state_file))
     assert state_file.exists() and keeper.state["position"] == {"epoch": 2}
 
 
@@ -381,7 +379,7 @@ def trained(tmp_path):
     path = tmp_path / "folder" / "a.state"
     path.parent.mkdir()
     keeper = runstate.Keeper(path, {"recipe": {"epochs": 2}})
-    keeper.begin("new")
+    keeper.begin(None)
     keeper.figures.append({"epoch": 1})
     keeper.save({"position": {"epoch": 2}})
     return keeper
@@ -446,18 +444,18 @@ def test_a_state_that_can_not_be_removed_does_not_unfinish_a_run(trained, monkey
     assert "the state of this finished run, can't be removed: Read-only file system" in capsys.readouterr().err
 
 
-def test_what_may_differ_is_not_refused(trained):
-    trained._failed()
-    longer = runstate.Keeper(trained.path, {"recipe": {"epochs": 5}}, words={"recipe.epochs": "--epochs"})
-    with pytest.raises(UserError, match=r"other settings \(--epochs: 2 there, 5 now\)"):
-        longer.begin("resume")
-    longer.begin("resume", may_differ=("recipe.epochs",))
-    assert longer.state["position"] == {"epoch": 2} and longer.figures == [{"epoch": 1}]
+def test_what_may_differ_is_not_refused():
+    there, now = {"recipe": {"epochs": 2}, "start": {"epochs": 1}}, {"recipe": {"epochs": 5}, "start": None}
+    with pytest.raises(UserError, match=r"a comes from other settings \(recipe.epochs: 2 there, 5 now\); cure"):
+        runstate.refuse_difference(there, now, Path("a"), "cure", ("start",))
+    runstate.refuse_difference(there, now, Path("a"), "cure", ("recipe.epochs", "start"))
 
 
 def test_differences_name_nested_keys():
-    there, now = {"a": {"b": 1, "c": 2}, "more": 3}, {"a": {"b": 1, "c": 4}, "new": 5}
-    assert runstate.differences(there, now) == {"a.c": (2, 4), "new": (None, 5)}
+    there = {"a": {"b": 1, "c": 2}, "more": 3, "was": {"d": 6}, "is": None}
+    now = {"a": {"b": 1, "c": 4}, "new": 5, "was": None, "is": {"d": 6}}
+    found = {"a.c": (2, 4), "new": (None, 5), "was": ({"d": 6}, None), "is.d": (None, 6)}
+    assert runstate.differences(there, now) == found
 
 
 def test_a_signal_is_heard_where_there_is_no_terminal(trained, monkeypatch):

@@ -7,6 +7,7 @@ those on Intel's GPUs by xccl.
 import functools
 import os
 import re
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -106,6 +107,12 @@ def backend(device: str) -> str | None:
 def restarted() -> bool:
     """Whether torchrun started this process anew because one of the run had died."""
     return _place().restarts > 0
+
+
+def torchrun() -> str:
+    """The name of the torchrun that started this process, the same after a restart; "" without torchrun."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return f"process {os.getppid()} on {socket.gethostname()}" if name == "none" else name
 
 
 class Processes:

@@ -13,7 +13,7 @@ import pickle
 import signal
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -55,14 +55,30 @@ def previous(path: Path) -> Path:
     return path.with_name(path.name + ".previous")
 
 
+def find(path: Path) -> State | None:
+    """The state at the path, or the one before where the run died between two renames; None where there is none.
+
+    Raises UserError as `load` does.
+    """
+    for place in (path, previous(path), path):  # once more, as a run that goes on may have renamed it meanwhile
+        with contextlib.suppress(FileNotFoundError):
+            return load(place)
+    return None
+
+
 def load(path: Path) -> State:
-    """The state in the file, whole. Raises UserError for one that is damaged; nothing in a file is ever run."""
+    """The state in the file, whole; nothing in a file is ever run.
+
+    Raises FileNotFoundError where there is no file, and UserError for one that is damaged.
+    """
     try:
         content = path.read_bytes()
         payload = memoryview(content)[len(MAGIC) + DIGEST + 1 :]
         if content[: len(content) - len(payload)] != _head(payload):
             raise ValueError("its checksum does not fit")
         state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
     except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         before = previous(path)
         advice = f"go on from the one before: mv {before} {path}" if before.exists() else "start over with --overwrite"
@@ -81,20 +97,14 @@ def _line(error: Exception) -> str:
 class Keeper:
     """Keeps the state of one run: its lock, its file, and the signals that ask to stop.
 
-    path: of the state; None keeps nothing. identity: what the run is, nested dicts of plain values; a state of another
-    identity is refused, in the user's words for its keys, see refuse_difference. figures: of the epochs that are done.
-    Of several processes the main one writes.
+    path: of the state; None keeps nothing. identity: what the run is, nested dicts of plain values. begun: how its
+    present process began. Both are kept in the state. figures: of the epochs that are done. Of several processes the
+    main one writes.
     """
 
-    def __init__(
-        self,
-        path: Path | None = None,
-        identity: State | None = None,
-        processes: Processes | None = None,
-        words: Mapping[str, str] | None = None,
-    ):
+    def __init__(self, path: Path | None = None, identity: State | None = None, processes: Processes | None = None):
         self.path, self.identity, self.processes = path, identity, processes or Processes()
-        self.words = words or {}
+        self.begun: State = {}
         self.state: State | None = None
         self.figures: list[dict[str, float]] = []
         self.heard, self.heard_at = 0, 0.0  # the signal that came to this process, and when
@@ -104,37 +114,24 @@ class Keeper:
         self._written: Future | None = None
         self._last: State | None = None  # the state that is being written, or could not be
 
-    def begin(self, mode: str, advice: str = "give the same", may_differ: Collection[str] = ()) -> None:
-        """mode: "new" refuses where a state is there, "resume" takes it where there is one, "overwrite" removes it.
+    def begin(self, state: State | None, **begun: Any) -> None:
+        """Go on from the state that `find` gave, or, for None, start over: a state at the path is removed.
 
-        advice: what to do about a state of other settings. may_differ: keys of the identity, nested ones with dots
-        ("recipe.epochs"), in which the state may be another's.
-        Raises UserError for a state that is damaged, of other settings, or in the way.
+        Raises UserError where the state's file can't be renamed or removed.
         """
+        self.processes.barrier()  # all have read what is changed now
         if self.processes.main:
             try:
-                self._prepare(mode)
+                files.remove_leftovers(self.path)
+                if state is None:
+                    self._remove()
+                elif not self.path.exists():
+                    os.replace(previous(self.path), self.path)
             except OSError as error:
                 raise UserError(f"cannot change {self.path}: {error.strerror or error}") from error
-        self.processes.barrier()
-        if self.path.exists():
-            self.state = load(self.path)
-            refuse_difference(self.state["identity"], self.identity, self.path, advice, self.words, may_differ)
-            self.figures = self.state["figures"]
-
-    def _prepare(self, mode: str) -> None:
-        """Leave the state at its path if the run is to go on from it, and else nothing."""
-        files.remove_leftovers(self.path)
-        there = [path for path in (self.path, previous(self.path)) if path.exists()]
-        if mode == "overwrite":
-            self._remove()
-        elif there and mode == "new":
-            raise UserError(
-                f"{there[0]} is the state of a run that was not finished: go on with --resume, or start over with "
-                "--overwrite"
-            )
-        elif there and not self.path.exists():  # the run died between two renames
-            os.replace(previous(self.path), self.path)
+        self.state, self.begun = state, begun
+        if state:
+            self.figures = state["figures"]
 
     def due(self) -> bool:
         """Whether the state ought to be saved now: a signal came, or the last time is five minutes ago.
@@ -167,7 +164,8 @@ class Keeper:
         if self.processes.main:
             if failed := self._failed():
                 say(f"going on, but the run's state is not saved: {failed}")
-            self._last = {**state, "identity": self.identity, "figures": list(self.figures)}
+            kept = {"identity": self.identity, "figures": list(self.figures), "begun": self.begun}
+            self._last = {**state, **kept}
             self._written = self._writer.submit(save, self._last, self.path)
         if self.stop:
             if failed := self._failed():
@@ -231,19 +229,21 @@ class Keeper:
             path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the run's lock, so that no second run makes the same checkpoint. Raises UserError, says who does."""
-        if not self.processes.main:
+    def locked(self, *others: Path) -> Iterator[None]:
+        """Hold the locks of the run's state and of the other files that it writes, so that no second run writes them.
+
+        Raises UserError, which says who does.
+        """
+        with contextlib.ExitStack() as locks:
+            if self.processes.main:
+                for path in (self.path, *others):
+                    try:
+                        locks.enter_context(files.locked(path.with_name(f".{path.name}.lock")))
+                    except files.Locked as error:
+                        raise UserError(f"{path.stem} is being made by another run ({error}); wait for it") from None
+                locks.callback(self._writer.shutdown)  # while the locks are held
+            self.processes.barrier()
             yield
-            return
-        try:
-            with files.locked(self.path.with_name(f".{self.path.name}.lock")):
-                try:
-                    yield
-                finally:
-                    self._writer.shutdown()  # while the lock is held
-        except files.Locked as error:
-            raise UserError(f"{self.path.stem} is being made by another run ({error}); wait for it") from None
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -277,31 +277,26 @@ def _under_nohup(number: int) -> bool:
     return number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) is signal.SIG_IGN
 
 
-def differences(there: State, now: State) -> dict[str, tuple[Any, Any]]:
+def differences(there: State, now: State, prefix: str = "") -> dict[str, tuple[Any, Any]]:
     """The keys of `now`, nested ones with dots, whose values are others in `there`, with both values, that there first.
 
     What `there` holds besides does not count.
     """
-    flat_there = flat(there)
-    return {key: (flat_there.get(key), value) for key, value in flat(now).items() if flat_there.get(key) != value}
+    found = {}
+    for key, value in now.items():
+        before = there.get(key)
+        if isinstance(value, dict):
+            found |= differences(before if isinstance(before, dict) else {}, value, f"{prefix}{key}.")
+        elif before != value:
+            found[prefix + key] = before, value
+    return found
 
 
-def refuse_difference(
-    there: State,
-    now: State,
-    path: Path,
-    advice: str,
-    words: Mapping[str, str] | None = None,
-    may_differ: Collection[str] = (),
-) -> None:
-    """Raise UserError, naming a setting, where two identities differ, but for the keys that may.
-
-    words: for keys, nested ones with dots, what the user calls them, such as the flags that set them.
-    """
+def refuse_difference(there: State, now: State, path: Path, advice: str, may_differ: Collection[str] = ()) -> None:
+    """Raise UserError, naming a setting, where two identities differ, but for the keys that may."""
     for key, (before, after) in differences(there, now).items():
         if key not in may_differ:
-            found = f"{(words or {}).get(key, key)}: {before} there, {after} now"
-            raise UserError(f"{path} comes from other settings ({found}); {advice}")
+            raise UserError(f"{path} comes from other settings ({key}: {before} there, {after} now); {advice}")
 
 
 def flat(tree: State, prefix: str = "") -> State:
