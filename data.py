@@ -583,7 +583,7 @@ def _measured(
         measured = _measure({part: Split(ImageFiles(paths[part], size), labels[part]) for part in paths})
         digests = {part: base64.b64encode(own).decode() for part, own in measured.digests.items()}
         try:
-            files.write_json({"key": key, **measured._asdict(), "digests": digests}, path)
+            files.write_json(files.sealed({"key": key, **measured._asdict(), "digests": digests}), path)
         except UserError as error:
             say(f"the images' mean is not kept, the next start reads them all again ({error})")
     return measured
@@ -591,7 +591,7 @@ def _measured(
 
 def _read_measured(path: Path, key: str) -> Measured | None:
     try:
-        kept = json.loads(path.read_text())
+        kept = files.unsealed(json.loads(path.read_text()))
         if kept["key"] != key:
             return None
         digests = {

@@ -2,8 +2,10 @@
 
 import dataclasses
 import hashlib
+import io
 import os
 import pickle
+import shutil
 import urllib.error
 
 import numpy as np
@@ -511,11 +513,18 @@ def test_decoded_images_are_kept(tree, decodes):
     assert not list(tree.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("change", ["content", "added", "removed", "renamed", "moved"])
+@pytest.mark.parametrize("change", ["content", "replaced", "rewritten", "added", "removed", "renamed", "moved"])
 def test_a_changed_folder_is_noticed(tree, decodes, change):
-    data.load("folder", tree)
     image = tree / "train" / "dog" / "2.png"
-    if change == "content":
+    image.write_bytes(image.read_bytes().ljust(2000, b"\0"))
+    first = data.load("folder", tree)
+    if change in ("replaced", "rewritten"):  # as by rsync -t, by cp -p: of the same size and time
+        other = tree.parent / "new.png"
+        save_image(other, 77)
+        other.write_bytes(other.read_bytes().ljust(2000, b"\0"))
+        shutil.copystat(image, other)
+        other.replace(image) if change == "replaced" else shutil.copy2(other, image)
+    elif change == "content":
         status = image.stat()
         save_image(image, 77)
         os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
@@ -531,17 +540,37 @@ def test_a_changed_folder_is_noticed(tree, decodes, change):
     loaded = data.load("folder", tree)
     assert len(decodes) > before
     assert len(loaded.train.labels) == {"added": 7, "removed": 5}.get(change, 6)
+    assert not loaded.train.images.equal(first.train.images) or change in ("renamed", "moved")
     if change == "moved":
         assert loaded.train.labels.tolist() == [0, 0, 0, 0, 1, 1]
 
 
-@pytest.mark.parametrize("damage", [b"", b"garbage", None])
-def test_a_damaged_cache_is_made_anew(tree, decodes, damage):
+@pytest.mark.parametrize(
+    "damage",
+    ["empty", "garbage", "cut short", "a bit", "compressed", "encrypted", "no test", "flat", "floats", "array"],
+)
+def test_a_damaged_cache_is_made_anew(tree, decodes, capfd, damage):
     expected = data.load("folder", tree)
     cache = tree / ".decoded_32.npz"
-    cache.write_bytes(cache.read_bytes()[:-500] if damage is None else damage)
-    loaded = data.load("folder", tree)
-    assert len(decodes) == 16 and loaded.train.images.equal(expected.train.images)
+    content, arrays = bytearray(cache.read_bytes()), dict(np.load(cache))
+    member = content.rindex(b"PK\x01\x02")  # of the directory of members
+    if damage in ("a bit", "compressed", "encrypted"):
+        content[{"a bit": len(content) // 2, "compressed": member + 10, "encrypted": member + 8}[damage]] ^= 1
+    elif damage in ("no test", "flat", "floats"):
+        test = arrays.pop("test")
+        arrays |= {"no test": {}, "flat": {"test": test.reshape(-1)}, "floats": {"test": test.astype(float)}}[damage]
+        np.savez(file := io.BytesIO(), **arrays)
+        content = file.getvalue()
+    elif damage == "array":
+        np.save(file := io.BytesIO(), arrays["test"])
+        content = file.getvalue()
+    else:
+        content = {"empty": b"", "garbage": b"garbage", "cut short": content[:-500]}[damage]
+    cache.write_bytes(content)
+    for decoded in (16, 16):
+        loaded = data.load("folder", tree)
+        assert len(decodes) == decoded and loaded.train.images.equal(expected.train.images)
+    assert capfd.readouterr().err == f"{cache} is damaged: the images are decoded anew\n"
 
 
 def test_a_cache_that_cannot_be_written_is_no_failure(tree, monkeypatch, capfd):

@@ -287,6 +287,31 @@ def test_an_image_within_that_cannot_be_read_is_named(tree, rows, repo):
             data.load("parquet", repo, 8, stream)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_parquet_file_that_was_replaced_is_noticed(repo, monkeypatch, stream):
+    """Though its size and its time are the same."""
+    first, path = data.load("parquet", repo, 8, stream), repo / "data" / "train-00000-of-00002.parquet"
+    shutil.copy2(path, repo / "copy")
+    (repo / "copy").replace(path)
+    read, decode = [], images.read_image
+    monkeypatch.setattr(images, "read_image", lambda *args: read.append(args) or decode(*args))
+    same(data.load("parquet", repo, 8, stream), first)
+    assert len(read) == 10
+
+
+@pytest.mark.parametrize("at", [10, -100, -10])
+def test_a_damaged_copy_of_a_parquet_files_images_is_made_anew(repo, at):
+    first = data.load("parquet", repo, 8)
+    kept = repo / "data" / ".train-00000-of-00002.parquet.images"
+    content = bytearray(kept.read_bytes())
+    content[at] ^= 1
+    kept.write_bytes(content)
+    same(data.load("parquet", repo, 9), data.load("parquet", repo, 9, stream=True))
+    same(data.load("parquet", repo, 8, stream=True), first)
+    content[at] ^= 1
+    assert kept.read_bytes() == content
+
+
 def test_what_is_wrong_with_parquet_files_is_told(tree, rows, repo, monkeypatch, script):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     path = repo / "data" / "train-00000-of-00002.parquet"
@@ -349,6 +374,14 @@ def test_unreadable_images_are_left_out(tree, stream, capfd, monkeypatch):
         told = f"2 of 12 images left out, which can't be read: {bad[0]}, {bad[1]}\n"
         assert capfd.readouterr().err == told
         monkeypatch.setattr(images, "read_image", lambda *args: pytest.fail("decoded again"))  # both are kept
+
+
+def test_which_images_are_unreadable_is_asked_anew_where_the_note_was_changed(tree):
+    (tree / "train" / "cat" / "1.png").write_bytes(b"no image")
+    first = data.load("folder", tree, 8, skip_unreadable=True)
+    kept = tree / ".unreadable_8.json"
+    kept.write_text(kept.read_text().replace("  1\n", "  0\n"))
+    same(data.load("folder", tree, 8, skip_unreadable=True), first)
 
 
 def test_a_class_of_unreadable_images_alone_is_refused(tree, script):

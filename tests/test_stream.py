@@ -88,6 +88,12 @@ def test_the_mean_is_kept_and_measured_anew_when_an_image_changes(root, monkeypa
     assert second.fingerprint != first.fingerprint and second.test_fingerprint == first.test_fingerprint
 
 
+def test_a_mean_that_was_changed_is_measured_anew(root):
+    first, kept = data.load("folder", root, 8, stream=True), root / ".statistics_8.json"
+    kept.write_text(kept.read_text().replace("0.", "0.1", 1))
+    assert data.load("folder", root, 8, stream=True).mean == first.mean
+
+
 def test_an_unreadable_image_is_named(script, small, root):
     (root / "train" / "class2" / "5.png").write_bytes(b"no image")
     args = ["--model_job", "student", *small, "--data_dir", root, "--stream", "--epochs", 1]

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from util.runtime import UserError, say
 
@@ -197,6 +197,42 @@ def write_json(value: dict, path: Path) -> None:
     """Write the file atomically. Raises UserError as `replacing` does."""
     with replacing(path) as file:
         file.write((json.dumps(value, indent=1) + "\n").encode())
+
+
+def sealed(value: dict) -> dict:
+    """The value, of JSON's types, with a checksum of all that is in it."""
+    return value | {"sha256": _json_sha256(value)}
+
+
+def unsealed(value: dict) -> dict:
+    """What `sealed` was given. Raises ValueError where the checksum does not fit."""
+    content = {key: own for key, own in value.items() if key != "sha256"}
+    if value.get("sha256") != _json_sha256(content):
+        raise ValueError("its checksum does not fit")
+    return content
+
+
+def _json_sha256(value: dict) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+class Stamp(NamedTuple):
+    """What changes when a file is written or replaced: by cp -p or rsync -t its size and its time may stay.
+
+    Some network drives number files anew at each mount: what is kept of their files is then made anew, which is slow
+    but right.
+    """
+
+    size: int
+    mtime: int
+    ctime: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: str | os.PathLike) -> "Stamp":
+        """Raises OSError."""
+        status = os.stat(path)
+        return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 
 def sha256(path: Path) -> str:

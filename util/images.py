@@ -16,7 +16,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -35,7 +34,7 @@ JUNK = {
     "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "@tmp", "@recycle", "#recycle",
     "$recycle.bin", "system volume information", "lost+found", "__pycache__", "val_annotations.txt",
 }  # fmt: skip
-CACHE_FORMAT = 3
+CACHE_FORMAT = 4
 CHUNK = 4  # images that a thread decodes at a time
 
 # The user's own files: a large photograph or a long comment is no attack. Pillow's remarks would not name the image.
@@ -498,7 +497,7 @@ def readable(found: Found, size: int) -> Found:
         paths = {problem.path for problem in problems}
         unreadable = [index for index, path in enumerate(everything.paths) if path in paths]
         try:
-            files.write_json({"key": key, "unreadable": unreadable}, kept)
+            files.write_json(files.sealed({"key": key, "unreadable": unreadable}), kept)
         except UserError as error:
             say(f"which images can't be read is not kept, the next start reads them all again ({error})")
     if not unreadable:
@@ -514,7 +513,7 @@ def readable(found: Found, size: int) -> Found:
 
 def _read_unreadable(path: Path, key: str) -> list[int] | None:
     try:
-        kept = json.loads(path.read_text())
+        kept = files.unsealed(json.loads(path.read_text()))
         return [int(index) for index in kept["unreadable"]] if kept["key"] == key else None
     except (OSError, ValueError, LookupError, TypeError):
         return None
@@ -537,7 +536,7 @@ def decoded(found: Found, size: int) -> dict[str, np.ndarray]:
     Raises UserError that names all images that can't be read.
     """
     cache, key = found.kept(f"decoded_{size}.npz"), fingerprint(found, size)
-    images = _read_cache(cache, key)
+    images = _read_cache(cache, key, {part: (len(own), size, size, 3) for part, own in found.files.items()})
     if images is None:
         images = _decode_all(found.files, size)
         _write_cache(cache, key, images)
@@ -561,26 +560,31 @@ def fingerprint(found: Found, size: int) -> str:
     for part, own in found.files.items():
         for path, label in own:
             name = os.fsencode(os.path.relpath(path, found.root))
-            digest.update(b"%s\0%s\0%s\0%d\0%d\n" % (part.encode(), label.encode(), name, *_size_and_time(path)))
+            digest.update(b"%s\0%s\0%s\0%d %d %d %d\n" % (part.encode(), label.encode(), name, *_stamp(path)))
     return digest.hexdigest()
 
 
-def _size_and_time(path: Path | Row) -> tuple[int, int]:
+def _stamp(path: Path | Row) -> files.Stamp:
     try:
-        status = os.stat(path.file.path if isinstance(path, Row) else path)
+        return path.file.stamp if isinstance(path, Row) else files.Stamp.of(path)
     except OSError:  # it will be named with the others that can't be read
-        return 0, 0
-    return status.st_size, status.st_mtime_ns
+        return files.Stamp(0, 0, 0, 0)
 
 
-def _read_cache(path: Path, key: str) -> dict[str, np.ndarray] | None:
-    """The decoded images in the cache, or None where it is missing, damaged or of other images."""
+def _read_cache(path: Path, key: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray] | None:
+    """The decoded images in the cache, of these shapes, or None where it is missing, damaged or of other images."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with np.load(path, allow_pickle=False) as arrays:  # zipfile checks each array's CRC-32
             if str(arrays["key"]) != key:
                 return None
-            return {part: arrays[part] for part in arrays.files if part != "key"}
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+            images = {part: arrays[part] for part in shapes}
+        if any(own.dtype != np.uint8 or own.shape != shapes[part] for part, own in images.items()):
+            raise ValueError("arrays of another form")
+        return images
+    except FileNotFoundError:
+        return None
+    except Exception:  # zipfile and NumPy raise whatever the bytes lead them to
+        say(f"{printable(path)} is damaged: the images are decoded anew")
         return None
 
 

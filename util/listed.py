@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from util.files import Stamp
 from util.images import TEST, TRAIN, Found, class_name, say_untested, some
 from util.packed import Packed, Row
 from util.runtime import UserError, say
@@ -147,6 +148,7 @@ def find_parquet(data_dir: Path, classes: Collection[str] | None = None) -> Foun
     parts, orders = {}, {}
     for path in _parquet_files(data_dir):
         with _reading(path):
+            stamp = Stamp.of(path)
             table = _open(path)
             labels, splits = table.labels(), table.splits()
         named = (
@@ -156,7 +158,7 @@ def find_parquet(data_dir: Path, classes: Collection[str] | None = None) -> Foun
             raise UserError(
                 f"{printable(path)} does not tell what it is for; name it train-... or test-..., or add a column split"
             )
-        images = Packed(path, table.images)
+        images = Packed(path, table.images, stamp)
         for number, (label, split) in enumerate(zip(labels, [named] * len(labels) if named else splits, strict=True)):
             if str(split).casefold() not in TRAIN + TEST:
                 raise UserError(f"{printable(path)}[{number}]: its split is {split}; it must be train, test or val")

@@ -1,8 +1,8 @@
 """Images within a larger file, copied once, encoded as they are, into a file beside it from which any can be read."""
 
 import hashlib
-import os
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -10,6 +10,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from util import files
+from util.files import Stamp
 from util.runtime import UserError, say
 
 KEY = 32  # bytes
@@ -19,10 +20,11 @@ class Packed:
     """The encoded images of one file, by their numbers.
 
     contents: gives the images' bytes in order; asked only where there is no copy yet, or the file has changed since.
+    stamp: of the file before it was opened to give these contents.
     """
 
-    def __init__(self, path: Path, contents: Callable[[], Iterator[bytes]]):
-        self.path, self._contents = path, contents
+    def __init__(self, path: Path, contents: Callable[[], Iterator[bytes]], stamp: Stamp):
+        self.path, self._contents, self.stamp = path, contents, stamp
         self._memory = self._ends = None
 
     def open(self) -> None:
@@ -55,30 +57,35 @@ class Packed:
             raise UserError(f"{problem}; nor can a temporary file be written: {error.strerror}") from None
 
     def _write(self, file: BinaryIO) -> None:
-        """All images, one after the other; where each ends, int64; their number; the key."""
-        ends, end = [], 0
+        """All images, one after the other; where each ends, int64; their number; a checksum of all that; the key."""
+        ends, end, checksum = [], 0, 0
         for content in self._contents():
             file.write(content)
+            checksum = zlib.crc32(content, checksum)
             end += len(content)
             ends.append(end)
-        file.write(np.array([*ends, len(ends)], np.int64).tobytes() + self._key())
+        index = np.array([*ends, len(ends)], np.int64).tobytes()
+        file.write(index + np.array(zlib.crc32(index, checksum), np.int64).tobytes() + self._key())
 
     def _map(self, kept: Path | BinaryIO) -> bool:
-        """Whether the copy is there, and of the file as it is now."""
+        """Whether the copy is there, whole, and of the file as it is now."""
         try:
             memory = np.memmap(kept, np.uint8, "r")
         except (OSError, ValueError):  # missing; empty
             return False
         if memory[-KEY:].tobytes() != self._key():
             return False
-        number = int(np.frombuffer(memory[-KEY - 8 : -KEY].tobytes(), np.int64)[0])
+        memory, checksum = memory[: -KEY - 8], memory[-KEY - 8 : -KEY].tobytes()
+        if checksum != np.array(zlib.crc32(memory), np.int64).tobytes():
+            say(f"{kept} is damaged: the images of {self.path.name} are copied anew")
+            return False
+        number = int(np.frombuffer(memory[-8:].tobytes(), np.int64)[0])
         self._memory = memory
-        self._ends = np.frombuffer(memory[-KEY - 8 * (number + 1) : -KEY - 8].tobytes(), np.int64)
+        self._ends = np.frombuffer(memory[-8 * (number + 1) : -8].tobytes(), np.int64)
         return True
 
     def _key(self) -> bytes:
-        status = os.stat(self.path)
-        return hashlib.sha256(b"1 %d %d" % (status.st_size, status.st_mtime_ns)).digest()
+        return hashlib.sha256(b"2 %d %d %d %d" % self.stamp).digest()
 
 
 class Row(NamedTuple):
