@@ -21,7 +21,7 @@ import measures
 import models
 from data import Dataset
 from recipes import RECIPES, Recipe
-from util import files, runtime
+from util import environment, files, runtime
 from util.runtime import Runtime, say
 from util.text import printable
 
@@ -75,7 +75,7 @@ def main() -> None:
         "image_size": dataset.image_size,
         "device": chosen.describe(),
         "precision": chosen.precision,
-        "versions": jobs.versions(),
+        "versions": environment.versions(),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         **sides,
         "agreement": 100 * (logits["student"].argmax(1) == logits["teacher"].argmax(1)).double().mean().item(),

@@ -109,6 +109,7 @@ def fit(
                 step(batch, teacher and teacher(batch), alpha[epoch, iteration], learning_rate(epoch, iteration))
                 bar.update(min(batches.batch_size, batches.n_images - bar.n))
                 if keeper.due():
+                    keeper.tell(graphs=step.graphed)
                     at.iteration, at.seconds = iteration + 1, time.perf_counter() - started
                     processes.average_buffers(trained)
                     keeper.save(_snapshot(network, objective, optimiser, at, runtime))
@@ -126,6 +127,7 @@ def fit(
         }
         at.begin(epoch + 1)
         keeper.figures.append(figures)
+        keeper.tell(graphs=step.graphed)
         yield figures
         if keeper.path and (epoch + 1 == epochs or keeper.idle()):
             keeper.save(_snapshot(network, objective, optimiser, at, runtime))
@@ -152,6 +154,11 @@ class Step:
         self.step = Graphed(self._step, "a step") if graphs else self._step
         # Of a graph every number that changes is a tensor on the device, which a kernel fills.
         self.number = (lambda value: torch.full((), value, device=runtime.device)) if graphs else float
+
+    @property
+    def graphed(self) -> bool:
+        """Whether steps are replayed as a CUDA graph."""
+        return isinstance(self.step, Graphed) and self.step.form is not None
 
     def __call__(self, batch: Batch, taught: Outputs | None, alpha: torch.Tensor, learning_rate: float) -> None:
         """Train on a batch. taught: the teacher's outputs for it."""

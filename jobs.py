@@ -2,7 +2,6 @@
 
 import functools
 import math
-import platform
 import re
 import shlex
 import sys
@@ -12,9 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy
 import torch
-import torchvision
 from torch import nn
 
 import checkpoint
@@ -27,7 +24,7 @@ from outputs import Outputs
 from recipes import RECIPES, TRAININGS, Recipe, described, milestones, warmup_epochs
 from report.results import Result, epochs_csv
 from teacher import Normalisation, Teacher
-from util import runstate
+from util import environment, runstate
 from util.convolution import replace_all
 from util.files import ensure_writable, remove_leftovers, replacing, sha256
 from util.graphs import Graphed, possible
@@ -378,7 +375,7 @@ def train(recipe: Recipe, setup: Setup, teacher: Teacher | None = None) -> None:
             if processes.main:
                 _refuse_changes(there, left.digests)
                 digest = checkpoint.save(network, there.checkpoint, about(recipe, setup, run))
-                _write_result(_result(recipe, setup, teacher, run, keeper.figures, figures, costs, digest), there)
+                _write_result(_result(recipe, setup, teacher, run, keeper, figures, costs, digest), there)
 
 
 def show(done: Result, there: Paths, setup: Setup) -> None:
@@ -451,13 +448,14 @@ def _result(
     setup: Setup,
     teacher: Teacher | None,
     run: dict[str, Any],
-    epochs: list[engine.Figures],
+    keeper: Keeper,
     figures: engine.Figures,
     costs: dict[str, int],
     digest: str,
 ) -> Result:
     """What is kept of a finished run: what it was, what it took, and the figures of its epochs and of its test."""
-    there, seconds = paths(recipe, setup), sum(epoch["seconds"] for epoch in epochs)
+    there, epochs = paths(recipe, setup), keeper.figures
+    seconds = sum(epoch["seconds"] for epoch in epochs)
     return Result(
         **run,
         name=setup.name or recipe.job,
@@ -468,9 +466,10 @@ def _result(
         images_per_second=recipe.epochs * len(setup.dataset.train.labels) / seconds,
         checkpoint=there.checkpoint.name,
         checkpoint_sha256=digest,
-        versions=versions(),
+        versions=environment.versions(),
         device=setup.runtime.describe(),
         processes=setup.runtime.processes.size,
+        stretches=keeper.trained(),
         command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         torchrun=torchrun(),
         suite=recipe.suite,
@@ -488,7 +487,7 @@ def _trained(
     """
     dataset, runtime, processes = setup.dataset, setup.runtime, setup.runtime.processes
     begin_peak_memory(runtime.device)
-    network, training = _fresh(recipe, setup, keeper, shorter), TRAININGS[recipe.training]
+    (network, digest), training = _fresh(recipe, setup, keeper, shorter), TRAININGS[recipe.training]
     batches = Batches(
         dataset.train, dataset.mean, dataset.std, recipe.batch_size, runtime.device,
         shuffle=True, seed=setup.seed, augment=_augments(recipe, setup),
@@ -508,9 +507,13 @@ def _trained(
         say(f"{recipe.job}: going on after {at['epoch']} epochs and {at['iteration']} batches")
     elif shorter:
         keeper.figures.extend(shorter.epochs)
+        keeper.stretches.extend(shorter.all_stretches)
     images = len(dataset.train.labels)
     for figures in keeper.figures:
         scalars.add(figures["epoch"], _of_epoch(figures, images))
+    forward = forward_of(network, batches, runtime) if setup.compile else network
+    facts = _facts(setup, digest) | {"compiled": getattr(forward, "compiled", False)}
+    keeper.begin_stretch(facts, len(keeper.figures))
     with keeper.listening():
         for figures in engine.fit(
             network,
@@ -521,7 +524,7 @@ def _trained(
             optimiser=optimiser(recipe),
             runtime=runtime,
             teacher=source,
-            forward=forward_of(network, batches, runtime) if setup.compile else network,
+            forward=forward,
             validate=validation(network, dataset, runtime),
             keeper=keeper,
             graphs=graphs,
@@ -533,6 +536,19 @@ def _trained(
             say(epoch_line(figures, recipe.epochs, images))
             scalars.add(figures["epoch"], _of_epoch(figures, images))
     return network, {"extra_parameters": _learnt(objective, network), "peak_memory": peak_memory(runtime.device)}
+
+
+def _facts(setup: Setup, digest: str | None) -> dict[str, Any]:
+    """What this process computes with. digest: of the file of weights that the network starts from."""
+    commit, changed = environment.commit()
+    return {
+        "commit": commit,
+        "changed": changed,
+        "device": setup.runtime.describe(),
+        "versions": environment.versions(),
+        "processes": setup.runtime.processes.size,
+        "weights_sha256": digest,
+    }
 
 
 def _learnt(objective: losses.Objective, network: nn.Module) -> int:
@@ -563,9 +579,12 @@ def optimiser(recipe: Recipe) -> Callable[[Iterator[torch.nn.Parameter]], torch.
     return functools.partial(engine.optimise, torch.optim.SGD, **options)
 
 
-def _fresh(recipe: Recipe, setup: Setup, keeper: Keeper, shorter: Result | None) -> nn.Module:
-    """The network as its training starts, on its device; one that goes on gets its weights from the state later."""
-    runtime, processes = setup.runtime, setup.runtime.processes
+def _fresh(recipe: Recipe, setup: Setup, keeper: Keeper, shorter: Result | None) -> tuple[nn.Module, str | None]:
+    """The network as its training starts, on its device, and the SHA-256 of the file that its weights come from.
+
+    One that goes on gets its weights from the state later.
+    """
+    runtime, processes, digest = setup.runtime, setup.runtime.processes, None
     torch.manual_seed(setup.seed)
     network = models.build(recipe.built, setup.dataset.num_classes, stem_of(recipe, setup))
     if shorter and not keeper.state:
@@ -587,7 +606,7 @@ def _fresh(recipe: Recipe, setup: Setup, keeper: Keeper, shorter: Result | None)
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     elif processes.size > 1 and setup.sync_bn:
         say("batch norm: without CUDA each process normalises its own part of a batch; SyncBatchNorm needs it")
-    return network.to(runtime.device, memory_format=torch.channels_last)
+    return network.to(runtime.device, memory_format=torch.channels_last), digest
 
 
 def aim(
@@ -824,16 +843,6 @@ def make_teacher(trained: Trained, path: Path, setup: Setup, cache: bool, rows: 
         given=trained.given,
         stem=trained.stem,
     )
-
-
-def versions() -> dict[str, str]:
-    """Of what computes."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "numpy": numpy.__version__,
-    }
 
 
 def _check_batches(recipe: Recipe, setup: Setup) -> None:

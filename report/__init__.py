@@ -30,8 +30,8 @@ def write(results_dir: Path, with_claims: bool = False) -> list[Path]:
     """Write the tables and the plots beside the runs' JSONs; give their paths.
 
     results.csv: every run. RESULTS.md, top1.png and curves.png: those of no suite, where there are any. Where there are
-    suites with a student SUITE.md, and of each <suite>_cost.png or, where losses have several schedules,
-    <suite>_schedules.png.
+    suites with a student SUITE.md, and of each <suite>_schedules.png where losses have several schedules, else
+    <suite>_cost.png or, where no cost is known, <suite>_top1.png.
     with_claims: with what the runs say of each of the reference's claims.
     Raises UserError where there is no run, where some are damaged, where two are not of the same data, or where a
     package is missing.
@@ -52,7 +52,7 @@ def write(results_dir: Path, with_claims: bool = False) -> list[Path]:
     if suites:
         contents["SUITE.md"] = suite.markdown(suites).encode()
     for found in suites:
-        contents[found.plot] = plots.schedules_plot(found) if found.scheduled else plots.cost_plot(found)
+        contents[found.plot] = plots.suite_plot(found)
     with files.replacing_all([results_dir / name for name in contents]) as opened:
         for file, content in zip(opened, contents.values(), strict=True):
             file.write(content)

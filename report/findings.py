@@ -43,15 +43,17 @@ def findings(rows: Rows, judged: Judged) -> list[str]:
 
 def _best_facts(rows: Rows, kind: tuple[str, str], gains: dict[str, Comparison], which: str) -> list[str]:
     """The best of the students of one network and training, and its gain. which: the words for them."""
-    students, alone = rows.kinds[kind], rows.student_of(kind)
+    students, alone = rows.kinds[kind], rows.plain_students(kind)
     best = max(students, key=rows.top1)
     facts = [f"Best of the students {which} ({len(students)}) by mean top-1: {best}, {rows.top1(best):.2f} %."]
-    if alone is None:
+    if not alone:
         facts.append("The student on hard labels alone did not run, so there is no gain to tell.")
-    elif students == [alone]:
+    elif students == alone:
         facts.append("No distilled row ran, so there is no gain to tell.")
-    elif best == alone:
+    elif best in alone:
         facts.append("No distilled row is above the student on hard labels alone.")
+    elif rows.student_of(kind, best) is None:
+        facts.append("No student on hard labels alone was trained as it was, so there is no gain to tell.")
     elif best not in gains:
         facts.append("It has no seed in common with the student, so there is no gain to tell.")
     else:

@@ -9,19 +9,23 @@ from typing import NamedTuple
 import numpy
 
 from recipes import RECIPES
-from report.results import Result, Rows
+from report.results import CHOSEN_BY_TEST, CHOSEN_NOTE, Result, Rows, data_title, length, marked
 from report.statistics import Interval, noise, own_intervals
 from report.suite import Suite
 
-# Families of rows by (network, soft loss): a colour each, shades of which tell the rows of a family apart.
-COLOURS = {
-    ("teacher", None): "#e08214",
-    ("student", None): "#404040",
-    ("student", "kd"): "#2171b5",
-    ("feature_student", "kd"): "#238b45",
-    ("feature_student", "mse"): "#b2182b",
+# Okabe and Ito's colours, which the colour-blind tell apart (https://jfly.uni-koeln.de/color/).
+BLACK, ORANGE, SKY, GREEN = "#000000", "#e69f00", "#56b4e9", "#009e73"
+BLUE, RED, PURPLE = "#0072b2", "#d55e00", "#cc79a7"
+# Families of rows by (network, soft loss): a colour and a mark each, shades and line styles tell their rows apart.
+FAMILIES = {
+    ("teacher", None): (ORANGE, "P"),
+    ("student", None): (BLACK, "s"),
+    ("student", "kd"): (BLUE, "o"),
+    ("feature_student", "kd"): (GREEN, "^"),
+    ("feature_student", "mse"): (RED, "v"),
 }
-OTHER_COLOURS = ["#7a5195", "#00838f", "#8c6d31", "#d6408b", "#5b7f00", "#8c564b", "#3f51b5", "#c49a00"]
+OTHER_COLOURS = [PURPLE, SKY, "#7f7f7f", "#8c6d31", BLUE, GREEN, RED, ORANGE]
+OTHER_MARKS = ["X", "p", "h", "*", "d", "8", "H", "P"]
 LINE_STYLES = ["-", "--", "-.", ":"]
 
 # Where a point's name may stand, in points of type from the point, the nearest first.
@@ -40,6 +44,7 @@ class Look(NamedTuple):
     """How a row is drawn."""
 
     colour: tuple[float, float, float]
+    mark: str
     style: str
 
 
@@ -57,7 +62,7 @@ def top1_plot(rows: Rows) -> bytes:
     intervals = own_intervals(rows)
     for y, name in enumerate(rows):
         if low <= rows.top1(name) <= high:
-            _draw_row(axes, rows, name, y, looks[name].colour, intervals[name])
+            _draw_row(axes, rows, name, y, looks[name], intervals[name])
         else:
             _draw_far(axes, rows.top1(name), y, (low, high), looks[name].colour)
         reference = _reference(rows, name)
@@ -65,9 +70,9 @@ def top1_plot(rows: Rows) -> bytes:
             axes.plot(reference, y, "D", color="white", markeredgecolor="black", markersize=7, zorder=5)
         axes.text(1.01, y, f"{rows.top1(name):.2f}", transform=axes.get_yaxis_transform(), va="center")
     _draw_baselines(axes, rows, (low, high), looks)
-    axes.set_yticks(range(len(rows)), [_short(name) for name in rows])
+    axes.set_yticks(range(len(rows)), [marked(_short(name)) for name in rows])
     axes.grid(axis="x", alpha=0.3)
-    axes.set_xlabel("top-1 on the test images, %")
+    axes.set_xlabel(_marked(rows, "top-1 on the test images, %"))
     axes.set_title(_title(rows, "Top-1"), pad=26)
     figure.legend(handles=_top1_legend(rows, (low, high)), loc="outside lower center", ncols=4, frameon=False)
     return _png(figure)
@@ -96,15 +101,15 @@ def sheet(
     return _png(figure)
 
 
-def _draw_row(axes, rows: Rows, name: str, y: int, colour: tuple, interval: Interval) -> None:
-    runs = list(rows[name].values())
+def _draw_row(axes, rows: Rows, name: str, y: int, look: Look, interval: Interval) -> None:
+    runs, colour = list(rows[name].values()), look.colour
     low, high = interval
     several = len(runs) > 1
     axes.plot([low, high], [y, y], color=colour, linewidth=3.5 if several else 1.2, solid_capstyle="butt", zorder=2)
     if several:
         beneath = [y + 0.27] * len(runs)  # where no mark hides them
         axes.plot([run.test["top1"] for run in runs], beneath, ".", color=colour, markersize=6, zorder=4)
-    axes.plot(rows.top1(name), y, "o", color=colour, markeredgecolor="white", markersize=10, zorder=3)
+    axes.plot(rows.top1(name), y, look.mark, color=colour, markeredgecolor="white", markersize=10, zorder=3)
 
 
 def _draw_far(axes, value: float, y: int, shown: Interval, colour: tuple) -> None:
@@ -118,21 +123,34 @@ def _draw_far(axes, value: float, y: int, shown: Interval, colour: tuple) -> Non
 def _draw_baselines(axes, rows: Rows, shown: Interval, looks: dict[str, Look]) -> None:
     """The teacher and the student as lines, named above the axes, each on the side away from the other."""
     drawn = _baselines(rows)
-    lines = {label: rows.top1(name) for label, name in drawn.items() if shown[0] <= rows.top1(name) <= shown[1]}
-    for label, value in lines.items():
+    values = {label: (rows.top1(name), looks[name].colour) for label, name in drawn.items()}
+    if "teacher" not in values:
+        values |= {f"teacher, {top1:.2f}": (top1, ORANGE) for top1 in _own_teachers(rows)}
+    lines = {label: value for label, (value, _) in values.items() if shown[0] <= value <= shown[1]}
+    for label, (value, colour) in values.items():
+        where = axes.get_xaxis_transform()
+        if label not in lines:
+            if label.startswith("teacher, "):  # one that has no row of its own, where its figure would stand
+                axes.text(1, 1.01, f"{label}, off this axis", transform=axes.transAxes, ha="right", va="bottom")
+            continue
         leftmost = len(lines) > 1 and label == min(lines, key=lines.get)
         rightmost = len(lines) > 1 and not leftmost
         side = "right" if leftmost else "left" if rightmost else "center"
-        colour, where = looks[drawn[label]].colour, axes.get_xaxis_transform()
         axes.axvline(value, color=colour, linestyle="--", linewidth=1.2, zorder=1)
         axes.text(value, 1.01, label, transform=where, ha=side, va="bottom", color=colour)
+
+
+def _own_teachers(rows: Rows) -> list[float]:
+    """The top-1 of the teachers that the rows learnt from, where none of these has a row."""
+    there = any(map(rows.is_teacher, rows))
+    return [] if there else sorted({run.teacher_top1 for run in rows.runs() if run.teacher_top1 is not None})
 
 
 def _baselines(rows: Rows) -> dict[str, str]:
     """The rows "teacher" and "student" or, where there is one teacher or one student alone by another name, that."""
     candidates = {
         "teacher": [name for name in rows if rows.is_teacher(name)],
-        "student": [*filter(None, map(rows.student_of, rows.kinds))],
+        "student": [name for kind in rows.kinds for name in rows.plain_students(kind)],
     }
     chosen = {label: label if label in names else names[0] for label, names in candidates.items() if names}
     return {label: name for label, name in chosen.items() if name == label or len(candidates[label]) == 1}
@@ -151,9 +169,11 @@ def _top1_legend(rows: Rows, shown: Interval) -> list:
     if not all(several):
         label = "one run, 95 % interval over test images (Wilson)"
         handles.append(Line2D([], [], marker="o", linewidth=1.2, label=label, **grey))
-    if any(_reference(rows, name) is not None for name in rows):
+    epochs = [str(RECIPES[name].epochs) for name in rows if _reference(rows, name) is not None]
+    if epochs:
+        label = f"reference, {' or '.join(dict.fromkeys(epochs))} epochs, one run"
         look = {"color": "white", "markeredgecolor": "black"}
-        handles.append(Line2D([], [], marker="D", linestyle="", label="reference (one run)", **look))
+        handles.append(Line2D([], [], marker="D", linestyle="", label=label, **look))
     return handles
 
 
@@ -200,9 +220,10 @@ def curves_plot(rows: Rows) -> bytes:
     figure = _figure(height=max(9 + 2 * with_alpha, 3 + 0.25 * len(rows)))
     panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     loss, top1, *alpha = panels
-    for name, look in _looks(rows, styles=not held_out).items():
+    for name, look in _looks(rows).items():
+        look = look._replace(style="-") if held_out else look
         runs = list(rows[name].values())
-        _draw(loss, runs, ["train_loss_over_batches", "train_loss"], look, label=_short(name))
+        _draw(loss, runs, ["train_loss_over_batches", "train_loss"], look, label=marked(_short(name)))
         _draw(top1, runs, ["train_top1"], look)
         _draw(top1, runs, ["val_top1"], look._replace(style="--"))
         if alpha:
@@ -219,7 +240,7 @@ def curves_plot(rows: Rows) -> bytes:
         axes.grid(alpha=0.3)
         for epoch in drops:
             axes.axvline(epoch, color="grey", linewidth=1, linestyle=(0, (1, 3)), zorder=0)
-    panels[-1].set_xlabel("epoch" + "; grey: the learning rate drops" * bool(drops))
+    panels[-1].set_xlabel(_marked(rows, "epoch" + "; grey: the learning rate drops" * bool(drops)))
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))  # 1 alone, too
     figure.legend(loc="outside right upper", handlelength=3.5, frameon=False)
     loss.set_title(_title(rows, "Training" + ", means over seeds" * rows.have_several_seeds))
@@ -244,8 +265,8 @@ def _draw(axes, runs: list[Result], names: list[str], look: Look, label: str | N
     name = next((name for name in names if all(name in epoch for run in runs for epoch in run.epochs)), None)
     if name:
         points = _mean_curve(runs, name)
-        marker = "o" if len(points) < 10 else None  # a single epoch has no line to see
-        line = {"color": look.colour, "linestyle": look.style, "marker": marker, "markersize": 4, "linewidth": 1.6}
+        line = {"color": look.colour, "linestyle": look.style, "marker": look.mark, "markersize": 6, "linewidth": 1.6}
+        line["markevery"] = -(-len(points) // 10)
         axes.plot(range(1, len(points) + 1), points, label=label, **line)
 
 
@@ -268,30 +289,35 @@ def _drops(rows: Rows) -> list[float]:
     return sorted(found)
 
 
+def suite_plot(suite: Suite) -> bytes:
+    """The plot of its name."""
+    if suite.scheduled:
+        return schedules_plot(suite)
+    return cost_plot(suite) if suite.costs else top1_plot(suite)
+
+
 def cost_plot(suite: Suite) -> bytes:
-    """<suite>_cost.png: each student's top-1, with its noise, against milliseconds a step, where that is told of it."""
+    """<suite>_cost.png: each student's top-1, with its noise, against a step's time beside kd's, where it is known."""
     figure = _figure(height=7)
     axes = figure.add_subplot()
-    points = {name: (ms, suite.top1(name)) for name in suite.students if (ms := suite.step_ms(name))}
+    points = {name: (cost, suite.top1(name)) for name, cost in suite.costs.items()}
     for name, (x, y) in points.items():
-        colour = {suite.alone: "#404040", suite.kd: "#2171b5"}.get(name, "#238b45")
+        colour, marker = {suite.alone: (BLACK, "s"), suite.kd: (BLUE, "D")}.get(name, (GREEN, "o"))
         width = 3.5 if len(suite[name]) > 1 else 1.2
         look = {"color": colour, "elinewidth": width, "markersize": 9, "markeredgecolor": "white"}
-        axes.errorbar(x, y, yerr=suite.noise(name), fmt="o", **look)
+        axes.errorbar(x, y, yerr=suite.noise(name), fmt=marker, **look)
     axes.margins(0.12)
+    axes.set_xlim(0, 1.15 * max(suite.costs.values()))
     axes.grid(alpha=0.3)
-    axes.set_xlabel("\n".join(["milliseconds a step", *_noise_kinds(suite)]))
+    axes.set_xlabel("\n".join(["time of a step, kd's is 1; each loss measured alone", *_noise_kinds(suite)]))
     axes.set_ylabel("top-1 on the test images, %")
-    axes.set_title(_title(suite, f"Accuracy against cost, {suite.name}, {_epochs(suite)}"))
+    for top1 in _own_teachers(suite):
+        if axes.get_ylim()[0] <= top1 <= axes.get_ylim()[1]:
+            axes.axhline(top1, color=ORANGE, linestyle="--", linewidth=1.2)
+    axes.set_title(_title(suite, f"Accuracy against cost, {suite.name}"))
     marks = [(x, y, suite.noise(name)) for name, (x, y) in points.items()]
     _name_marks(figure, axes, dict(zip(map(suite.label, points), marks, strict=True)))
     return _png(figure)
-
-
-def _epochs(suite: Suite) -> str:
-    """How long the students were trained, in words."""
-    counts = sorted({suite.first(name).recipe["epochs"] for name in suite.students})
-    return " or ".join(f"{n:,}" for n in counts) + " epochs"
 
 
 def _noise_kinds(suite: Suite) -> list[str]:
@@ -354,24 +380,25 @@ def schedules_plot(suite: Suite) -> bytes:
     axes.set_yticks(range(len(losses)), losses)
     judged = any(found.beyond_noise is not None for found in compared.values())
     axes.set_xlabel("alpha, the weight of the hard labels" + "; bold: beyond noise against the constant" * judged)
-    axes.set_title(_title(suite, f"Top-1 by loss and schedule, {suite.name}, {_epochs(suite)}"))
+    axes.set_title(_title(suite, f"Top-1 by loss and schedule, {suite.name}"))
     figure.colorbar(image, label="points more than\nwith a constant alpha")
     return _png(figure)
 
 
-def _looks(rows: Rows, styles: bool = False) -> dict[str, Look]:
-    """A look for each row: its family's colour in a shade of its own; with styles, a line style of its own as well."""
+def _looks(rows: Rows) -> dict[str, Look]:
+    """A look for each row: its family's colour and mark, and a shade and a line style of its own among them."""
     families: dict[tuple, list[str]] = {}
     for name in rows:
         recipe = rows.first(name).recipe
         families.setdefault((recipe["network"], recipe["soft"]), []).append(name)
-    others = [family for family in families if family not in COLOURS]
-    colours = COLOURS | {family: OTHER_COLOURS[i % len(OTHER_COLOURS)] for i, family in enumerate(others)}
+    others = [family for family in families if family not in FAMILIES]
+    more = {family: (OTHER_COLOURS[i % 8], OTHER_MARKS[i % 8]) for i, family in enumerate(others)}
     looks = {}
     for family, names in families.items():
+        colour, mark = (FAMILIES | more)[family]
         for i, name in enumerate(names):
-            shade = _shade(colours[family], 2 * i / (len(names) - 1) - 1 if len(names) > 1 else 0)
-            looks[name] = Look(shade, LINE_STYLES[i % len(LINE_STYLES)] if styles else "-")
+            shade = _shade(colour, 2 * i / (len(names) - 1) - 1 if len(names) > 1 else 0)
+            looks[name] = Look(shade, mark, LINE_STYLES[i % len(LINE_STYLES)])
     return {name: looks[name] for name in rows}
 
 
@@ -413,4 +440,10 @@ def _png(figure) -> bytes:
 
 
 def _title(rows: Rows, what: str) -> str:
-    return f"{what}: {rows.any_run.dataset}" + " (a check of the pipeline, not a result)" * rows.are_a_check
+    check = " (a check of the pipeline, not a result)" * rows.are_a_check
+    return _plain(f"{what}: {data_title(rows.any_run)}, {length(rows)}{check}")
+
+
+def _marked(rows: Rows, words: str) -> str:
+    """An axis's words, with the note to the rows that have a mark."""
+    return "\n".join([words, *[CHOSEN_NOTE] * bool(rows.keys() & CHOSEN_BY_TEST)])

@@ -6,7 +6,6 @@ import io
 import json
 import re
 import statistics
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cached_property
@@ -16,7 +15,7 @@ from typing import Any, TypedDict, get_args, get_origin, get_type_hints, is_type
 
 import numpy
 
-from recipes import RECIPES
+from recipes import RECIPES, TRAININGS
 from util.files import write_json
 from util.runtime import UserError
 
@@ -24,6 +23,20 @@ NAMES = "*_seed*.json"
 
 # The data on which the reference's figures were measured.
 REFERENCE_DATA = {"train_images": 50000, "test_images": 10000, "classes": 100, "image_size": 32, "val_images": 0}
+
+
+# Data sets in words; those of image files by their fingerprints, as of copies with the official file names.
+TITLES = {"cifar100": "CIFAR-100", "cifar10": "CIFAR-10", "tiny_imagenet": "Tiny ImageNet"}
+KNOWN = {
+    "2121847cf1c0da7715cf4b2d71a7d5d9": "CIFAR-100",
+    "a3eec0625bca327b82fddb2e6d85dcbe": "20 classes of CIFAR-100",
+    "72476caa8bcd860cc6cf2927a7f82f20": "a quarter of CIFAR-100's training images",
+}
+
+# The rows whose recipe was chosen by figures of the test: of four readings of a line of text the nearest to its figure.
+CHOSEN_BY_TEST = {"distillation_LDH10"}
+MARK = "†"
+CHOSEN_NOTE = f"{MARK} Its reading of the reference was chosen by test figures, among four."
 
 
 class _Data(TypedDict):
@@ -97,6 +110,30 @@ class Epoch(_Epoch, total=False):
     val_top1: float
 
 
+class _Stretch(TypedDict):
+    from_epoch: int
+    from_batch: int
+    to_epoch: int
+    to_batch: int
+
+
+class Stretch(_Stretch, total=False):
+    """What a part of a run was trained with, from so many epochs and batches of the next one, to so many.
+
+    commit, changed: of the code, and whether it was changed since; None outside a git checkout. graphs: the steps were
+    CUDA graphs. compiled: the network was. weights_sha256: of the file of weights that the network started from here.
+    """
+
+    commit: str | None
+    changed: bool | None
+    device: str
+    versions: dict
+    processes: int
+    graphs: bool
+    compiled: bool
+    weights_sha256: str | None
+
+
 class _Test(TypedDict):
     top1: float
     top5: float
@@ -120,7 +157,7 @@ class Result:
     torchrun: the name of the one that started its processes, see util.processes.
     suite: the table that it belongs to, "" for the table of the folder. claimed: what a paper says of it.
     extra_parameters: that the loss learnt besides the student's. peak_memory: in bytes, see runtime.peak_memory; 0
-    where it is not known.
+    where it is not known. device, versions: those of the last stretch. stretches: all, in order; None in older results.
     """
 
     job: str
@@ -152,6 +189,15 @@ class Result:
     claimed: Claimed | None = None
     extra_parameters: int = 0
     peak_memory: int = 0
+    stretches: list[Stretch] | None = None
+
+    @property
+    def all_stretches(self) -> list[Stretch]:
+        """The stretches of the run; of an older result one, with what the result tells."""
+        told = {"device": self.device, "versions": self.versions, "processes": self.processes}
+        return self.stretches or [
+            {"from_epoch": 0, "from_batch": 0, "to_epoch": len(self.epochs), "to_batch": 0, **told}
+        ]
 
     @classmethod
     def read(cls, path: Path) -> "Result":
@@ -177,9 +223,26 @@ class Result:
         write_json(asdict(self), path)
 
     @property
+    def devices(self) -> str:
+        """The devices that trained it, in order, in words; an older result tells the last one alone."""
+        words, before = [], None
+        for part in self.all_stretches:
+            device = part.get("device", "one that is not recorded")
+            if device != before:
+                words.append(f"from epoch {part['from_epoch'] + 1} on {device}" if words else device)
+            before = device
+        return ", ".join(words)
+
+    @property
     def machine(self) -> str:
-        """What its time and its memory depend on: the device, and the precision."""
-        return f"{self.device}, {self.precision}"
+        """The devices, and the precision."""
+        return f"{self.devices}, {self.precision}"
+
+    @property
+    def commits(self) -> list[str]:
+        """The commits of the code that trained it, as far as they are known, short, in words."""
+        told = [part for part in self.all_stretches if part.get("commit")]
+        return [part["commit"][:7] + " and changes" * bool(part.get("changed")) for part in told]
 
     @property
     def is_of_the_references_data(self) -> bool:
@@ -229,7 +292,7 @@ class Rows(dict[str, dict[int, Result]]):
     def kind(self, name: str) -> tuple[str, str]:
         """The network and the training of a student's row."""
         run = self.first(name)
-        return self.network(run), run.recipe.get("training", "reference")
+        return self.network(run), training_of(run)
 
     @staticmethod
     def network(run: Result) -> str:
@@ -237,10 +300,20 @@ class Rows(dict[str, dict[int, Result]]):
         # simkd's students are named with their teachers after a +.
         return (run.recipe.get("arch") or "resnet18").split("+")[0]
 
-    def student_of(self, kind: tuple[str, str]) -> str | None:
-        """The row of the student of this kind on hard labels alone, under its job's own name; None where it is not."""
-        of_kind = (name for name in self.students if self.kind(name) == kind)
-        return next((name for name in of_kind if _is_plain(self.first(name))), None)
+    def plain_students(self, kind: tuple[str, str]) -> list[str]:
+        """The rows of the student of this kind on hard labels alone: its job's own, or else those with other names."""
+        plain = [name for name in self.students if self.kind(name) == kind and _is_plain(self.first(name))]
+        return [name for name in plain if name == self.first(name).job] or plain
+
+    def student_of(self, kind: tuple[str, str], name: str | None = None) -> str | None:
+        """The row of the student of this kind on hard labels alone; None where it did not run.
+
+        Of several with other names that one which was trained as the row `name` was; None where there is no such.
+        """
+        found = self.plain_students(kind)
+        if len(found) > 1:
+            found = [one for one in found if name and not otherwise(self[one], self[name], SETUP | LENGTH)]
+        return found[0] if found else None
 
     @property
     def kinds(self) -> dict[tuple[str, str], list[str]]:
@@ -255,22 +328,6 @@ class Rows(dict[str, dict[int, Result]]):
         return Rows({name: seeds for name, seeds in self.items() if not self.first(name).suite})
 
     @property
-    def machines(self) -> list[str]:
-        """Those on which the rows ran, that of the most rows first."""
-        return [machine for machine, _ in Counter(m for seeds in self.values() for m in _machines(seeds)).most_common()]
-
-    def timed(self, name: str) -> list[Result]:
-        """The row's runs whose time and memory are told: those on the machine on which the most rows ran."""
-        return [run for run in self[name].values() if run.machine == self.machines[0]]
-
-    @property
-    def timing_notes(self) -> list[str]:
-        """Which runs time and memory are told of; nothing where it is all of them."""
-        most, *others = self.machines
-        note = f"**Time and memory are of the runs on {most} alone**, as most rows ran there; the JSONs have each's."
-        return [note] if others else []
-
-    @property
     def have_several_seeds(self) -> bool:
         """Whether any row has more than one seed."""
         return any(len(seeds) > 1 for seeds in self.values())
@@ -281,13 +338,15 @@ class Rows(dict[str, dict[int, Result]]):
         return self.any_run.dataset == "digits"
 
 
-def _machines(seeds: dict[int, Result]) -> Iterable[str]:
-    return dict.fromkeys(run.machine for run in seeds.values())
-
-
 def _is_plain(run: Result) -> bool:
     recipe = run.recipe
-    return run.name == run.job and not (recipe["soft"] or recipe["beta"] or recipe["gamma"])
+    return not (recipe["soft"] or recipe["beta"] or recipe["gamma"])
+
+
+def training_of(run: Result) -> str:
+    """The way of training in words; the benchmark's had Nesterov's momentum before it had the authors' plain one."""
+    training = run.recipe.get("training", "reference")
+    return training + ", with Nesterov's momentum" * (training == "benchmark" and bool(run.recipe.get("nesterov")))
 
 
 # What a run was trained with besides its recipe and its teacher. Runs that differ in it differ by more than their rows.
@@ -298,6 +357,12 @@ SETUP: dict[str, Callable[[Result], Any]] = {
     "batch norm": lambda run: run.batch_norm,
     "stem": lambda run: run.stem,
     "initial weights": lambda run: None if run.weights == "none" else run.weights,
+}
+
+
+LENGTH: dict[str, Callable[[Result], Any]] = {
+    name: lambda run, name=name: run.recipe.get(name)
+    for name in ("epochs", "learning_rate", "batch_size", "scheduler_step")
 }
 
 
@@ -374,6 +439,38 @@ def _other_data(one: Result, other: Result) -> str:
     return f"as many, but other {where} images or labels" if differ else ""
 
 
+def data_title(run: Result) -> str:
+    """The data's name in words: what the images are, else the name of their folder, else how they were read."""
+    known = TITLES.get(run.dataset) or KNOWN.get(run.data.get("fingerprint"))
+    if known:
+        return known
+    folder = re.search(r"--data_dir[ =](?:'([^']+)'|(\S+))", run.command)
+    name = Path(next(filter(None, folder.groups()))).name if folder else ""
+    return re.sub(r"[^\w .-]", "", name).strip() or run.dataset  # nothing that Markdown or a terminal acts on
+
+
+def marked(name: str) -> str:
+    """The row's name, with a mark where its recipe was chosen by figures of the test."""
+    return name + f" {MARK}" * (name in CHOSEN_BY_TEST)
+
+
+def epochs_of(run: Result) -> str:
+    """How many epochs it was trained and, where it was shortened, of how many, in digits."""
+    training = run.recipe.get("training", "reference")
+    full = TRAININGS[training].epochs if training in TRAININGS else None
+    full = full or RECIPES.get(run.job, RECIPES["student"]).epochs
+    return f"{len(run.epochs)} of {full}" if len(run.epochs) < full else str(len(run.epochs))
+
+
+def length(rows: Rows) -> str:
+    """How long the students, or the teacher alone, were trained and how often, in words."""
+    names = rows.students or list(rows)
+    epochs = dict.fromkeys(epochs_of(run) for name in names for run in rows[name].values())
+    least, most = min(len(rows[name]) for name in names), max(len(rows[name]) for name in names)
+    seeds = f"{most} seed{'s' * (most > 1)}" if least == most else f"{least} to {most} seeds"
+    return f"{' or '.join(sorted(epochs, key=lambda text: int(text.split()[0])))} epochs, {seeds}"
+
+
 def describe_data(run: Result) -> str:
     """The run's data in words; images that it held out are training images all the same."""
     data = run.data
@@ -381,6 +478,14 @@ def describe_data(run: Result) -> str:
         f"{run.dataset}, {data['train_images'] + data['val_images']:,} training and {data['test_images']:,} test "
         f"images of {data['image_size']}x{data['image_size']} pixels, {data['classes']} classes"
     )
+
+
+def made_on(runs: list[Result], told: Callable[[Result], str]) -> dict[str, list[str]]:
+    """The lines of a heading that say what trained the runs. told: of a run, its devices in words."""
+    older = any(run.stretches is None for run in runs)
+    devices = dict.fromkeys(told(run) for run in runs)
+    note = " (an older result tells only the device on which its run ended)" * older
+    return {"Device": ["; ".join(devices) + note], "Code": [commit for run in runs for commit in run.commits]}
 
 
 def made_by(runs: Iterable[Result]) -> str:

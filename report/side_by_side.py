@@ -13,7 +13,7 @@ from util.runstate import flat
 # What a result tells besides its settings: figures, names, and the command, whose flags are the settings.
 NO_SETTINGS = {
     *("name", "teacher_top1", "epochs", "test", "seconds", "images_per_second"),
-    *("checkpoint", "checkpoint_sha256", "recipe.job", "recipe.checkpoint", "command", "torchrun"),
+    *("checkpoint", "checkpoint_sha256", "recipe.job", "recipe.checkpoint", "command", "torchrun", "stretches"),
 }
 FIGURES: dict[str, Callable[[Result], str]] = {
     "top-1, %": lambda run: f"{run.test['top1']:.2f}",
@@ -21,8 +21,6 @@ FIGURES: dict[str, Callable[[Result], str]] = {
     "Test Loss": lambda run: f"{run.test['test_loss']:.8f}",
     "mean cross-entropy": lambda run: f"{run.test['mean_ce']:.4f}",
     "test images": lambda run: f"{run.data['test_images']:,}",
-    "seconds of training": lambda run: f"{run.seconds:,.1f}",
-    "images/s": lambda run: f"{run.images_per_second:,.0f}",
 }
 LONGEST = 40  # characters of a cell
 DIGEST = 10  # of them, of a digest

@@ -104,10 +104,8 @@ def judge(rows: Rows, pairs: Iterable[Pair]) -> dict[Pair, Comparison]:
 
 def student_pairs(rows: Rows) -> list[Pair]:
     """Every student's row with that of the same network and training on hard labels alone, where that ran."""
-    alone = {kind: rows.student_of(kind) for kind in rows.kinds}
-    return [
-        (name, alone[kind]) for kind, names in rows.kinds.items() for name in names if alone[kind] not in (None, name)
-    ]
+    pairs = [(name, rows.student_of(kind, name)) for kind, names in rows.kinds.items() for name in names]
+    return [(name, alone) for name, alone in pairs if alone not in (None, name)]
 
 
 def gains_on_student(rows: Rows, judged: dict[Pair, Comparison]) -> dict[str, Comparison]:

@@ -1,17 +1,33 @@
 """SUITE.md: the losses of a suite beside each other, with what papers claim of them and with what they cost."""
 
-import math
+import json
 import statistics
 from collections.abc import Callable, Iterable
-from functools import cached_property
+from functools import cache, cached_property
+from pathlib import Path
 from typing import Any
 
 from recipes import RECIPES, described, under
 from report.findings import p_value
-from report.results import SETUP, Claimed, Result, Rows, describe_data, made_by, otherwise
+from report.results import (
+    SETUP,
+    Claimed,
+    Result,
+    Rows,
+    data_title,
+    describe_data,
+    epochs_of,
+    length,
+    made_by,
+    made_on,
+    otherwise,
+    training_of,
+)
 from report.statistics import Comparison, Pair, binomial_error, judge
 from report.table import MCNEMAR, gain_cell, judgement_notes, lines_as_table, spread
 
+# The cost of each loss's step beside kd's, each measured alone; a run can't know whether it had its machine to itself.
+COSTS = Path(__file__).resolve().parent.parent / "benchmarks" / "loss_cost.json"
 # What a result's recipe tells besides the settings of its loss.
 NO_SETTINGS = {*described(RECIPES["student"]), *described(under(RECIPES["student"], "benchmark"))}
 # And of that what is of the loss and the networks.
@@ -88,22 +104,19 @@ class Suite(Rows):
 
     @property
     def plot(self) -> str:
-        """The file of its plot: losses by schedules, as these cost the same; else accuracy against cost."""
-        return f"{self.name}_{'schedules' if self.scheduled else 'cost'}.png"
+        """The file of its plot: losses by schedules; else accuracy against cost, or alone where no cost is known."""
+        return f"{self.name}_{'schedules' if self.scheduled else 'cost' if self.costs else 'top1'}.png"
 
     def claimed(self, name: str) -> Claimed | None:
         """What a paper says of the row; None where it says nothing, or where its data are others."""
         run = self.first(name)
         return run.claimed if run.is_of_cifar100s_shape else None
 
-    def step_ms(self, name: str) -> float | None:
-        """Milliseconds a step: of each timed run the median over its epochs, and of these the mean.
-
-        The median, as the first epoch may compute the teacher's outputs for all, and other work may run beside one.
-        None where no run is timed.
-        """
-        runs = self.timed(name)
-        return statistics.mean(map(_step_ms, runs)) if runs else None
+    @property
+    def costs(self) -> dict[str, float]:
+        """A step's time of each student's row, as a ratio to kd's, where it was measured for such a student."""
+        found = {name: _cost(self.first(name), self.loss(name)) for name in self.students}
+        return {name: cost for name, cost in found.items() if cost}
 
     def otherwise(self, name: str, other: str) -> list[str]:
         """What but for the loss the two rows were trained with that is not the same, or not in all seeds, in words."""
@@ -123,15 +136,22 @@ class Suite(Rows):
         return binomial_error(values[0], self.first(name).data["test_images"])
 
 
-def _step_ms(run: Result) -> float:
-    steps = math.ceil(run.data["train_images"] / run.recipe["batch_size"])
-    seconds = [epoch["seconds"] for epoch in run.epochs if "seconds" in epoch] or [run.seconds / len(run.epochs)]
-    return 1000 * statistics.median(seconds) / steps
+@cache
+def measured_costs() -> dict[str, Any]:
+    """What benchmarks/loss_cost.py measured; nothing where that is not beside the report."""
+    return json.loads(COSTS.read_text()) if COSTS.exists() else {"pair": "", "ratio": {}}
+
+
+def _cost(run: Result, loss: str | None) -> float | None:
+    size, measured = run.data["image_size"], measured_costs()
+    such = f"{Rows.network(run)}, {size}x{size} pixels, {run.data['classes']} classes, "
+    such += f"batches of {run.recipe['batch_size']}"
+    return measured["ratio"].get(loss or "none") if measured["pair"].endswith(f" to {such}") else None
 
 
 def _training(run: Result) -> str:
     recipe = run.recipe
-    way = f"{recipe.get('training', 'reference')}, {recipe['epochs']} epochs, batches of {recipe['batch_size']}"
+    way = f"{training_of(run)}, {epochs_of(run)} epochs, batches of {recipe['batch_size']}"
     return f"{way}, learning rate {recipe['learning_rate']:g}" + ", random crop and flip" * run.augment
 
 
@@ -166,7 +186,12 @@ def markdown(suites: Iterable[Suite]) -> str:
 
 
 def _section(suite: Suite) -> str:
-    parts = [f"## {suite.name}", _heading(suite), _table(suite), "\n".join(f"- {note}" for note in _notes(suite))]
+    parts = [
+        f"## {suite.name}: {data_title(suite.any_run)}, {length(suite)}",
+        _heading(suite),
+        _table(suite),
+        "\n".join(f"- {note}" for note in _notes(suite)),
+    ]
     parts.append(f"![{suite.name}]({suite.plot})")
     if suite.are_a_check:
         parts.insert(1, "**This is a check of the pipeline, not a result.**")
@@ -180,7 +205,7 @@ def _heading(suite: Suite) -> str:
         "Student": [run.recipe.get("arch") or run.recipe["network"] for run in runs],
         "Training": [_training(run) for run in runs],
         "Top-1 of the teacher distilled from": [f"{run.teacher_top1:.2f}" for run in runs if run.teacher_top1],
-        "Device": [run.machine for run in suite.runs()],
+        **made_on([*suite.runs()], lambda run: run.machine),
     }
     lines = [f"- {name}: {'; '.join(dict.fromkeys(values))}" for name, values in facts.items() if values]
     return "\n".join(lines) + f"\n\n{made_by(suite.runs())}"
@@ -198,9 +223,8 @@ def _table(suite: Suite) -> str:
 
 def _cells(suite: Suite, name: str, compared: dict[str, Comparison | None]) -> dict[str, str]:
     """The cells of a row under their titles; a column that is empty in all rows is not shown."""
-    runs, claimed, student = list(suite[name].values()), suite.claimed(name), not suite.is_teacher(name)
-    ms, kd_ms = suite.step_ms(name) if student else None, suite.kd and suite.step_ms(suite.kd)
-    memory = max((run.peak_memory for run in suite.timed(name)), default=0)
+    runs, claimed = list(suite[name].values()), suite.claimed(name)
+    cost = suite.costs.get(name)
     return {
         "loss": suite.label(name),
         "claimed": _claim(claimed) if claimed else "",
@@ -209,10 +233,8 @@ def _cells(suite: Suite, name: str, compared: dict[str, Comparison | None]) -> d
         "epochs": _epochs(suite, name),
         "to the claim": f"{suite.top1(name) - claimed['top1']:+.2f}" if claimed and name not in suite.mixed else "",
         **{title: _difference(found, len(runs)) for title, found in compared.items()},
-        "ms a step": f"{ms:.1f}" if ms else "",
-        "of kd's": f"{ms / kd_ms:.2f}" if ms and kd_ms else "",
+        "cost, kd's is 1": f"{cost:.2f}" if cost else "",
         "parameters of the loss": f"{runs[0].extra_parameters:,}" if suite.loss(name) else "",
-        "memory, MiB": f"{memory / 2**20:,.0f}" if student and memory else "",
     }
 
 
@@ -226,8 +248,7 @@ def _is_shorter(suite: Suite, name: str) -> bool:
 
 
 def _epochs(suite: Suite, name: str) -> str:
-    epochs = ", ".join(dict.fromkeys(str(run.recipe["epochs"]) for run in suite[name].values()))
-    return f"{epochs} of {suite.claimed(name)['epochs']}" if _is_shorter(suite, name) else epochs
+    return ", ".join(dict.fromkeys(map(epochs_of, suite[name].values())))
 
 
 def _difference(found: Comparison | None, seeds: int) -> str:
@@ -273,14 +294,22 @@ def _notes(suite: Suite) -> list[str]:
             notes.append(f"Not compared with {words}, as they were trained otherwise: {', '.join(others)}.")
     return [
         *notes,
-        *suite.timing_notes,
-        "ms a step: of each run the median over its epochs; to be trusted where nothing else ran on the device. Where "
-        "images are augmented, the first run of a loss of logits runs the teacher for those to come, and takes longer.",
+        *_cost_notes(suite),
         "parameters of the loss: learnt with the student's and, simkd's apart, no part of it. What a loss remembers is "
         "not counted.",
-        "memory: the peak while training; on a GPU what torch allocated, on a CPU all that the process had resident, "
-        "images, remembered outputs of the teacher, and what runs before it in the same process left.",
         f"Settings: {'; '.join(dict.fromkeys(_settings(suite, name) for name in suite.students if suite.loss(name)))}.",
+    ]
+
+
+def _cost_notes(suite: Suite) -> list[str]:
+    told = "Runs can't know whether they had the machine to themselves, so their seconds and memory are in no table."
+    if not suite.costs:
+        return [told]
+    pair, device = (measured_costs()[name] for name in ("pair", "device"))
+    return [
+        "cost: the time of a whole step as a ratio to kd's, each loss measured alone with the teacher's outputs "
+        f"remembered, by benchmarks/loss_cost.py: {pair}; {device}. Where images are augmented a loss of feature maps "
+        f"also runs the teacher, which is not counted. {told}"
     ]
 
 

@@ -7,7 +7,21 @@ from typing import Any
 
 from recipes import RECIPES, described
 from report.findings import Judged, claim_pairs, claims_section, findings, p_value
-from report.results import SETUP, Result, Rows, as_csv, describe_data, made_by
+from report.results import (
+    CHOSEN_BY_TEST,
+    CHOSEN_NOTE,
+    SETUP,
+    Result,
+    Rows,
+    as_csv,
+    data_title,
+    describe_data,
+    epochs_of,
+    length,
+    made_by,
+    made_on,
+    marked,
+)
 from report.statistics import (
     LEVEL,
     POWER,
@@ -25,16 +39,13 @@ from report.statistics import (
     uneven,
 )
 
+PACKAGES = ("python", "torch", "torchvision", "numpy")
 # Title, the figure of a run, and its format.
 MEASURED: list[tuple[str, Callable[[Result], float], str]] = [
     ("top-1", lambda run: run.test["top1"], ".2f"),
     ("top-5", lambda run: run.test["top5"], ".2f"),
     ("Test Loss", lambda run: run.test["test_loss"], ".8f"),
     ("mean CE", lambda run: run.test["mean_ce"], ".4f"),
-]
-TIMED: list[tuple[str, Callable[[Result], float], str]] = [
-    ("seconds", lambda run: run.seconds, ",.1f"),
-    ("images/s", lambda run: run.images_per_second, ",.0f"),
 ]
 HELD_OUT: list[tuple[str, Callable[[Result], float | None], str]] = [
     ("val loss", lambda run: run.epochs[-1].get("val_loss"), ".4f"),
@@ -61,7 +72,7 @@ def markdown(rows: Rows, with_claims: bool = False) -> str:
     """RESULTS.md."""
     judged = judge(rows, [*student_pairs(rows), *(claim_pairs(rows) if with_claims else [])])
     parts = [
-        f"# Results on {rows.any_run.dataset}",
+        f"# Results on {data_title(rows.any_run)}, {length(rows)}",
         _heading(rows),
         _table(rows, judged),
         "\n".join(f"- {note}" for note in _notes(rows, judged)),
@@ -81,15 +92,19 @@ def _heading(rows: Rows) -> str:
     runs = list(rows.runs())
     facts = {
         "Data": [describe_data(runs[0])],
-        "Device": [run.device for run in runs],
+        **made_on(runs, lambda run: run.devices),
         "Precision": [run.precision for run in runs],
-        "Versions": [", ".join(f"{name} {version}" for name, version in run.versions.items()) for run in runs],
+        "Versions": [_versions(run) for run in runs],
         "Top-1 of the teacher distilled from": [
             f"{run.teacher_top1:.2f}" for run in runs if run.teacher_top1 is not None
         ],
     }
     lines = [f"- {name}: {'; '.join(dict.fromkeys(values))}" for name, values in facts.items() if values]
     return "\n".join(lines) + f"\n\n{made_by(runs)}"
+
+
+def _versions(run: Result) -> str:
+    return ", ".join(f"{name} {run.versions[name]}" for name in PACKAGES if name in run.versions)
 
 
 def _table(rows: Rows, judged: Judged) -> str:
@@ -110,15 +125,11 @@ def lines_as_table(lines: list[dict[str, str]], always: list[str]) -> str:
 def _cells(rows: Rows, name: str, gain: Comparison | None) -> dict[str, str]:
     """The cells of a row under their titles; a column that is empty in all rows is not shown."""
     runs, reference = list(rows[name].values()), reference_of(rows, name)
-    measured = [
-        (title, [figure(run) for run in of], form)
-        for columns, of in ((MEASURED, runs), (TIMED, rows.timed(name)), (HELD_OUT, runs))
-        for title, figure, form in columns
-    ]
+    measured = [(title, [figure(run) for run in runs], form) for title, figure, form in (*MEASURED, *HELD_OUT)]
     return {
-        "job": name,
+        "job": marked(name),
         **{title: spread(values, form) if values and None not in values else "" for title, values, form in measured},
-        "epochs": ", ".join(dict.fromkeys(str(run.recipe["epochs"]) for run in runs)),
+        "epochs": ", ".join(dict.fromkeys(map(epochs_of, runs))),
         "gain": gain_cell(gain, len(runs)) if gain else "",
         "p": p_value(gain.adjusted) if gain and gain.adjusted is not None else "",
         "beyond noise": {True: "yes", False: "no", None: ""}[gain and gain.beyond_noise],
@@ -167,7 +178,8 @@ def _notes(rows: Rows, judged: Judged) -> list[str]:
     ]
     if rows.have_several_seeds:
         notes.append("±: the sample standard deviation (n - 1) over the seeds.")
-    notes += rows.timing_notes
+    if rows.keys() & CHOSEN_BY_TEST:
+        notes.append(CHOSEN_NOTE)
     if not rows.are_a_check:
         notes.append("Which rows' original code is known, and which follow from a line of text, is told in README.")
     return notes + _gain_notes(rows, judged) + _held_out_notes(rows) + _unlike_notes(rows) + _departure_notes(rows)
@@ -355,8 +367,6 @@ def _flat(run: Result) -> dict[str, Any]:
         "val_images": run.data["val_images"],
         **{name: run.epochs[-1].get(name) for name in ("val_loss", "val_top1")},
         "epochs": run.recipe["epochs"],
-        "seconds": run.seconds,
-        "images_per_second": run.images_per_second,
         "precision": run.precision,
         "device": run.device,
         "teacher_top1": run.teacher_top1,

@@ -44,8 +44,8 @@ def test_settings_figures_and_mcnemar(script, folder):
     same = {"dataset", "data.classes", "seed", "precision", "recipe.learning_rate", "versions.torch", "weights"}
     assert not (same | {"recipe.job", "name", "command", "checkpoint"}) & found.keys()
     assert found["top-1, %"] == ["80.00", "95.00"] and found["top-5, %"] == ["85.00", "85.00"]
-    assert found["Test Loss"] == ["0.01058444"] * 2 and found["images/s"] == ["4,083"] * 2
-    assert found["seconds of training"] == ["1,612.3"] * 2 and found["test images"] == ["20", "20"]
+    assert found["Test Loss"] == ["0.01058444"] * 2
+    assert found["test images"] == ["20", "20"]
     assert found["points of top-1"] == ["-", "+15.00"]
     assert found["images that it alone got right"] == ["-", "4"]
     assert found["images that student_seed0 alone got right"] == ["-", "1"]

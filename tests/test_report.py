@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import scipy.stats
 from matplotlib.image import imread
+from matplotlib.text import Text
 
 import report
-from recipes import RECIPES, described
+from recipes import RECIPES, described, under
 from report import findings, plots, results, statistics, table
 from report.results import Result
 from util.runtime import UserError
@@ -110,8 +111,6 @@ def test_single_runs(tmp_path):
         "Test Loss": "0.01058444",
         "mean CE": "2.7096",
         "epochs": "50",
-        "seconds": "1,612.3",
-        "images/s": "4,083",
         "gain": "+8.10",
         "reference top-1": "67.32",
         "reference top-5": "89.10",
@@ -128,7 +127,7 @@ def test_heading(tmp_path):
         put(tmp_path, job, 60.0, seed, command=f"reproduce.py --epochs 9 --jobs {job} --seeds {seed}")
     text = report_text(tmp_path)
     assert "cifar100, 50,000 training and 10,000 test images of 32x32 pixels, 100 classes" in text
-    assert "- Device: a GPU; a CPU, 2 threads\n" in text
+    assert "- Device: a GPU; a CPU, 2 threads (an older result tells only the device on which its run ended)\n" in text
     assert "- Precision: bf16\n" in text
     assert "- Versions: python 3.11.7, torch 2.15.0\n" in text
     assert "    python train.py --model_job teacher\n    python reproduce.py --seeds 0 1 2\n" in text
@@ -136,16 +135,30 @@ def test_heading(tmp_path):
     assert f"    python reproduce.py --epochs 9 --jobs {LDH6} --seeds 1\n" in text
 
 
-def test_seconds_are_of_one_machine(tmp_path):
-    for job in (STUDENT, KD, LDH6):
-        put(tmp_path, job, 60.0)
-    for job, seed in ((KD, 1), ("teacher", 0)):
-        put(tmp_path, job, 62.0, seed, seconds=10.0, images_per_second=99999.0, device="a GPU")
-    rows = rows_of(tmp_path)
-    assert rows[KD]["top-1"] == "61.00 ± 1.41"
-    assert [rows[KD][title] for title in ("seconds", "images/s")] == ["1,612.3", "4,083"]
-    assert [rows["teacher"][title] for title in ("seconds", "images/s")] == ["", ""]
-    assert "- **Time and memory are of the runs on a CPU, 2 threads, bf16 alone**" in report_text(tmp_path)
+def stretch(start, end, device, **more):
+    return {"from_epoch": start, "from_batch": 0, "to_epoch": end, "to_batch": 0, "device": device, **more}
+
+
+def test_the_heading_has_all_stretches(tmp_path):
+    parts = [
+        stretch(0, 30, "one", commit="a" * 40, changed=False),
+        stretch(30, 40, "one", commit="b" * 40, changed=True),
+    ]
+    parts.append(stretch(40, 50, "another", commit=None, changed=None))
+    put(tmp_path, STUDENT, 59.0, device="another", stretches=parts)
+    text = report_text(tmp_path)
+    assert "- Device: one, from epoch 41 on another\n" in text
+    assert "- Code: aaaaaaa; bbbbbbb and changes\n" in text
+
+
+def test_no_table_has_seconds(tmp_path):
+    """A run can't know whether other work ran beside it."""
+    put(tmp_path, STUDENT, 59.0, suite="benchmark")
+    put(tmp_path, KD, 59.0)
+    report.write(tmp_path)
+    for name in ("RESULTS.md", "SUITE.md", "results.csv"):
+        text = (tmp_path / name).read_text()
+        assert not [word for word in ("1612", "1,612", "4083", "4,083", "1.5", "MiB") if word in text], name
 
 
 def test_several_seeds(tmp_path):
@@ -343,7 +356,7 @@ def test_csv(tmp_path):
     assert lines[1] == {
         "job": "distillation_KMJ0", "name": "distillation_KMJ0", "seed": "2", "dataset": "cifar100", "top1": "60.5",
         "top5": "85.0", "test_loss": "0.01058444", "mean_ce": "2.7096", "val_images": "0", "val_loss": "1.5",
-        "val_top1": "55.0", "epochs": "50", "seconds": "1612.34", "images_per_second": "4083.1", "precision": "bf16",
+        "val_top1": "55.0", "epochs": "50", "precision": "bf16",
         "device": "a CPU, 2 threads", "teacher_top1": "69.87", "network": "student", "soft": "kd",
         "alpha": "per epoch", "T": "2.0", "beta": "0.0", "gamma": "0.0", "scheduler_step": "20",
         "learning_rate": "0.001", "batch_size": "256", "arch": "", "weight": "1.0",
@@ -765,6 +778,86 @@ def test_a_row_is_held_against_the_student_of_its_network_and_training(tmp_path)
     assert "gain: over the student of the same network and training" in report_text(tmp_path)
 
 
+def test_a_student_alone_with_a_name_of_its_own_is_the_baseline(tmp_path):
+    """Under its job's own name before others; of several others that which was trained alike."""
+    put_images(tmp_path, STUDENT, "xxxx......", name="mine")
+    put_images(tmp_path, KD, "xxxxxx....")
+    assert rows_of(tmp_path)[KD]["gain"].startswith("+20.00") and "did not run" not in report_text(tmp_path)
+    put_images(tmp_path, STUDENT, "xxxxx.....", name="short", epochs=5)
+    put_images(tmp_path, KD, "xxxxxx....", name="kd_short", epochs=5)
+    put_images(tmp_path, KD, "xxxxxxx...", name="kd_shorter", epochs=3)
+    found = {name: row["gain"].partition(" ")[0] for name, row in rows_of(tmp_path).items()}
+    assert found == {"mine": "", "short": "", KD: "+20.00", "kd_short": "+10.00", "kd_shorter": ""}
+    assert "No student on hard labels alone was trained as it was" in report_text(tmp_path)
+    put_images(tmp_path, STUDENT, "xxx.......")
+    assert rows_of(tmp_path)["kd_short"]["gain"].startswith("+30.00")
+
+
+def test_the_benchmarks_older_runs_are_said_to_have_nesterovs_momentum(tmp_path):
+    """They are of another kind than those with plain momentum."""
+    for job, nesterov in (("student_benchmark", True), ("kd_benchmark", True), ("dkd_benchmark", False)):
+        recipe = described(under(RECIPES[STUDENT], "benchmark")) | {"nesterov": nesterov}
+        put(tmp_path, job, 60.0, recipe=recipe | {"soft": None if "student" in job else job[:-10]})
+    rows = results.read(tmp_path)
+    assert rows.kind("student_benchmark") == ("resnet18", "benchmark, with Nesterov's momentum")
+    assert statistics.student_pairs(rows) == [("kd_benchmark", "student_benchmark")]
+    assert "resnet18, benchmark, with Nesterov's momentum" in report_text(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "dataset, more, words",
+    [
+        ("cifar100", {}, "CIFAR-100"),
+        ("folder", {"data": {**CIFAR, "fingerprint": "2121847cf1c0da7715cf4b2d71a7d5d9"}}, "CIFAR-100"),
+        ("folder", {"command": "train.py --data_dir 'my # photos/' --seed 0"}, "my  photos"),
+        ("folder", {"command": "train.py"}, "folder"),
+    ],
+)
+def test_tables_and_plots_are_titled_by_their_data(tmp_path, dataset, more, words):
+    put(tmp_path, STUDENT, 59.0, dataset=dataset, epochs=10, **more)
+    put(tmp_path, "distillation_KMJ1", 59.0, dataset=dataset, epochs=12, **more)
+    rows = results.read(tmp_path)
+    assert report_text(tmp_path).startswith(f"# Results on {words}, 10 of 50 or 12 of 60 epochs, 1 seed\n")
+    assert plots._title(rows, "Top-1") == f"Top-1: {words}, 10 of 50 or 12 of 60 epochs, 1 seed"
+    assert rows_of(tmp_path)["distillation_KMJ1"]["epochs"] == "12 of 60"
+
+
+def test_a_row_that_was_chosen_by_test_figures_is_marked(tmp_path, monkeypatch):
+    put(tmp_path, STUDENT, 59.0)
+    rows = results.read(tmp_path)
+    assert "†" not in report_text(tmp_path) + plots._marked(rows, "epoch")
+    put(tmp_path, "distillation_LDH10", 66.0)
+    text, rows = report_text(tmp_path), results.read(tmp_path)
+    assert "| distillation_LDH10 † | 66.00" in text and f"- {results.CHOSEN_NOTE}\n" in text
+    assert plots._marked(rows, "epoch") == f"epoch\n{results.CHOSEN_NOTE}"
+
+
+def drawn(monkeypatch):
+    """All texts of the next plot."""
+    found = []
+    monkeypatch.setattr(plots, "_png", lambda figure: found.extend(figure.findobj(match=Text)) or b"")
+    return lambda: {text.get_text() for text in found}
+
+
+def test_a_teacher_without_a_row_is_drawn(tmp_path, monkeypatch):
+    put(tmp_path, STUDENT, 59.0, dataset="folder")
+    put(tmp_path, KD, 60.0, dataset="folder", teacher_top1=60.5)
+    texts = drawn(monkeypatch)
+    plots.top1_plot(results.read(tmp_path))
+    assert "teacher, 60.50" in texts()
+    put(tmp_path, KD, 60.0, dataset="folder", teacher_top1=95.0)
+    plots.top1_plot(results.read(tmp_path))
+    assert "teacher, 95.00, off this axis" in texts()
+
+
+def test_the_references_diamonds_say_how_long_it_was_trained(tmp_path, monkeypatch):
+    for job in (STUDENT, "distillation_KMJ1"):
+        put(tmp_path, job, 59.5, epochs=10)
+    texts = drawn(monkeypatch)
+    plots.top1_plot(results.read(tmp_path))
+    assert "reference, 50 or 60 epochs, one run" in texts()
+
+
 def test_a_students_name_does_not_matter(tmp_path, monkeypatch):
     put_kind(tmp_path, "teacher", "resnet56", "x---------", "strong")
     put_kind(tmp_path, STUDENT, "resnet20", "x---------", "strong")
@@ -998,7 +1091,10 @@ def test_each_row_has_a_look_of_its_own(tmp_path):
         put(tmp_path, f"row_{soft}", 60.0, recipe={**described(RECIPES[STUDENT]), "soft": soft})
     looks = plots._looks(results.read(tmp_path))
     assert len({look.colour for look in looks.values()}) == len(looks) == 15
-    assert {look.style for look in looks.values()} == {"-"}  # dashes are for held-out images
+    families = {LDH6: {LDH6, "distillation_LDH5", "distillation_LDH9", "distillation_LDH10"}, "row_rkd": {"row_rkd"}}
+    for name, family in families.items():  # told apart without colours: by marks, and within a family by line styles
+        assert {other for other, look in looks.items() if look.mark == looks[name].mark} == family
+        assert len({looks[other].style for other in family}) == len(family)
 
 
 def test_curves_are_means_over_seeds(tmp_path):

@@ -18,7 +18,8 @@ from as_processes import FORKS, Started, thin
 from test_scripts import EPOCH, refused
 
 import models
-from util import files, runstate
+from report.results import Result
+from util import environment, files, runstate
 from util.runtime import Stopped, UserError
 
 # Big enough that a run can be hit in the middle of an epoch: 40 images, 5 batches an epoch.
@@ -196,6 +197,24 @@ def test_an_unfinished_run_may_be_given_more_epochs(script, stopped, folder):
     assert script("train.py", *stopped, "--epochs", 9, "--overwrite").code == 0
     whole = torch.load(folder / "resnet18.pth", weights_only=True)
     assert all(value.equal(whole[key]) for key, value in resumed.items())
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_result_tells_what_each_stretch_ran_on(script, stopped, folder, monkeypatch, older):
+    """Of an older state, which does not, how far it had come."""
+    if older:
+        state = runstate.load(folder / "resnet18.state")
+        del state["stretches"]
+        runstate.save(state, folder / "resnet18.state")
+    monkeypatch.setattr(environment, "commit", lambda: ("feed", True))
+    assert script("train.py", *stopped, "--resume").code == 0
+    result = Result.read(folder.parent / "results" / "folder" / "student_seed0.json")
+    first, second = result.stretches
+    ends = ("from_epoch", "from_batch", "to_epoch", "to_batch")
+    assert [first[end] for end in ends] == [0, 0, 1, 0] and [second[end] for end in ends] == [1, 0, 8, 0]
+    assert (second["commit"], second["changed"]) == ("feed", True)
+    assert second["versions"]["torch"] == torch.__version__ and not (second["graphs"] or second["compiled"])
+    assert first.get("commit") != "feed" and first.get("device") == (None if older else result.device)
 
 
 def test_resume_without_a_state_starts_and_then_is_done(script, small, folder):

@@ -512,6 +512,7 @@ def test_a_finished_run_is_trained_on(script, small, tmp_path):
     assert losses_of(more.out)[0] < losses_of(first.out)[0]
     result = json.loads((tmp_path / "results" / "folder" / "student_seed0.json").read_text())
     assert result["warm_start"]["epochs"] == 1 and [epoch["epoch"] for epoch in result["epochs"]] == [1, 2, 3]
+    assert [(part["from_epoch"], part["to_epoch"]) for part in result["stretches"]] == [(0, 1), (1, 3)]
     again = script(
         "reproduce.py", *small, "--batch_size", 20, "--jobs", "student", "--epochs", 3, "--scheduler_step", 20
     )

@@ -98,7 +98,7 @@ def test_sgd(training):
     optimiser = jobs.optimiser(student(training))([torch.nn.Parameter(torch.zeros(1))])
     assert isinstance(optimiser, torch.optim.SGD)
     group = optimiser.param_groups[0]
-    assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, True, 5e-4)
+    assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, training == "strong", 5e-4)
     assert jobs.optimiser(RECIPES["student"]) is engine.adam
 
 
@@ -382,7 +382,7 @@ def test_runs_of_each_training_on_digits(script, tmp_path, thin_networks, monkey
     assert checkpoints == ["resnet18.pth", "student_benchmark.pth", "student_strong.pth"]
     assert "training" not in plain["recipe"] and plain["recipe"]["scheduler_step"] == 20 and not plain["augment"]
     expected = {
-        "training": "benchmark", "optimiser": "sgd", "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4,
+        "training": "benchmark", "optimiser": "sgd", "momentum": 0.9, "nesterov": False, "weight_decay": 5e-4,
         "schedule": "milestones", "milestones": [1, 2, 2], "warmup_epochs": 0.0, "label_smoothing": 0.0, "mixup": 0.0,
         "cutmix": 0.0, "learning_rate": 0.05, "batch_size": 64, "epochs": 2,
     }  # fmt: skip

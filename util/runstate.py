@@ -98,7 +98,9 @@ class Keeper:
     """Keeps the state of one run: its lock, its file, and the signals that ask to stop.
 
     path: of the state; None keeps nothing. identity: what the run is, nested dicts of plain values. begun: how its
-    present process began. Both are kept in the state. figures: of the epochs that are done. Of several processes the
+    present process began. Both are kept in the state. figures: of the epochs that are done. stretches: for each process
+    that trained a part of the run, what it ran on, and where it began and ended: after from_epoch epochs and from_batch
+    batches of the next one, and after to_epoch and to_batch. Of several processes the
     main one writes.
     """
 
@@ -107,6 +109,7 @@ class Keeper:
         self.begun: State = {}
         self.state: State | None = None
         self.figures: list[dict[str, float]] = []
+        self.stretches: list[State] = []
         self.heard, self.heard_at = 0, 0.0  # the signal that came to this process, and when
         self.stop = 0  # the signal that all processes have agreed to follow
         self.saved = time.monotonic()
@@ -132,6 +135,22 @@ class Keeper:
         self.state, self.begun = state, begun
         if state:
             self.figures = state["figures"]
+            self.stretches = state.get("stretches") or [_stretch({}, {}, state["position"])]
+
+    def begin_stretch(self, facts: State, epoch: int = 0) -> None:
+        """Begin the stretch that this process trains, at the state's position, or else after so many epochs."""
+        at = self.state["position"] if self.state else {"epoch": epoch}
+        self.stretches.append(_stretch(facts, at, at))
+
+    def tell(self, **facts: Any) -> None:
+        """Add to what is known of this process's stretch."""
+        if self.stretches:
+            self.stretches[-1] |= facts
+
+    def trained(self) -> list[State]:
+        """The stretches in which something was trained."""
+        ends = [[(part[f"{end}_epoch"], part[f"{end}_batch"]) for end in ("from", "to")] for part in self.stretches]
+        return [part for part, (start, end) in zip(self.stretches, ends, strict=True) if start != end]
 
     def due(self) -> bool:
         """Whether the state ought to be saved now: a signal came, or the last time is five minutes ago.
@@ -161,10 +180,13 @@ class Keeper:
         if self.path is None:
             return
         self.saved = time.monotonic()
+        if self.stretches:
+            self.stretches[-1] |= _place("to", state["position"])
         if self.processes.main:
             if failed := self._failed():
                 say(f"going on, but the run's state is not saved: {failed}")
             kept = {"identity": self.identity, "figures": list(self.figures), "begun": self.begun}
+            kept["stretches"] = [dict(part) for part in self.trained()]
             self._last = {**state, **kept}
             self._written = self._writer.submit(save, self._last, self.path)
         if self.stop:
@@ -271,6 +293,14 @@ class Keeper:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _stretch(facts: State, start: State, end: State) -> State:
+    return {**_place("from", start), **_place("to", end), **facts}
+
+
+def _place(end: str, position: State) -> State:
+    return {f"{end}_epoch": position.get("epoch", 0), f"{end}_batch": position.get("iteration", 0)}
 
 
 def _under_nohup(number: int) -> bool:

@@ -295,7 +295,12 @@ def compiled(
         network.zero_grad()
         for name, value in network.named_buffers():
             value.copy_(buffers[name])
-    return lambda images: fast(images) if images.shape == shape else network(images)
+
+    def forward(images: torch.Tensor) -> tuple:
+        return fast(images) if images.shape == shape else network(images)
+
+    forward.compiled = fast is not network
+    return forward
 
 
 def free_memory(device: torch.device) -> int:
