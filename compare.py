@@ -126,7 +126,7 @@ def write_sheet(runs: Runs, args: Namespace) -> None:
     what = "one got right and the other wrong" if len(runs) == 2 else "the runs are parted most evenly on"
     title = f"{len(index)} of the {found:,} test images that {what}"
     names = [f"{name}, top-1 {run.test['top1']:.2f} %" for name, run in runs.items()]
-    with files.replacing(args.sheet) as file:
+    with files.replacing(args.sheet, new=not args.overwrite) as file:
         file.write(plots.sheet(pixels.numpy(), classes, rights[:, index], names, title))
 
 

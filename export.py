@@ -67,7 +67,7 @@ def main() -> None:
     if args.int8:
         content = deployed.quantised(content, dataset.train, about)
         print(f"int8: {_figures(content, _logits(content, suffix, dataset.test), dataset.test)}")
-    with files.replacing(out) as file:
+    with files.replacing(out, new=not args.overwrite) as file:
         file.write(content)
     say(f"{out}: written; it takes uint8 RGB images (N, H, W, 3)" if suffix != ".safetensors" else f"{out}: written")
 

@@ -10,6 +10,7 @@ from test_report import TEN, put, put_images
 from test_scripts import refused
 
 import data
+import report
 from report import plots, side_by_side
 
 STUDENT, KD = "student", "distillation"
@@ -178,7 +179,7 @@ def drawn(monkeypatch):
     return calls
 
 
-def test_a_sheet(script, tmp_path, digits, drawn):
+def test_a_sheet(script, tmp_path, digits, drawn, monkeypatch):
     results = tmp_path / "results" / "digits"
     results.mkdir(parents=True)
     n = len(digits.test.labels)
@@ -205,6 +206,10 @@ def test_a_sheet(script, tmp_path, digits, drawn):
     assert ran.code == 2 and ran.err.endswith("give --sheet another name, or replace it with --overwrite\n")
     assert (tmp_path / "a.png").read_bytes() == b"a photo"
     assert script("compare.py", *args, "--overwrite").code == 0 and (tmp_path / "a.png").read_bytes() == before
+    with monkeypatch.context() as patched:  # another process draws it meanwhile
+        patched.setattr(report, "require", lambda: (tmp_path / "c.png").write_bytes(b"a photo"))
+        ran = script("compare.py", *args[:-1], "c.png")
+    assert ran.code == 2 and "c.png: File exists" in ran.err
     drawn.clear()
 
     args[-1] = "b.png"

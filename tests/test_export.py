@@ -19,6 +19,7 @@ import measures
 import models
 from recipes import RECIPES
 from report import results
+from util import files
 from util.runtime import UserError
 
 NEEDED = {"onnx": ["onnx", "onnxscript", "onnxruntime"], "torch": [], "safetensors": ["safetensors"]}
@@ -106,6 +107,15 @@ def told(path):
 
     with safetensors.safe_open(path, "pt") as file:
         return {key: json.loads(value) for key, value in file.metadata().items()}
+
+
+def test_two_exports_at_once_do_not_replace_each_other(script, student, tmp_path, monkeypatch):
+    pytest.importorskip("safetensors")
+    out = tmp_path / "student.safetensors"
+    monkeypatch.setattr(files, "ensure_writable", lambda *where: out.write_bytes(b"the other's"))
+    ran = export(script, student, "safetensors", out)
+    assert ran.code == 2 and f"{out}: File exists" in ran.err
+    assert out.read_bytes() == b"the other's"
 
 
 @pytest.mark.parametrize(("form", "suffix"), [("onnx", ".onnx"), ("torch", ".pt2"), ("safetensors", ".safetensors")])

@@ -28,6 +28,19 @@ def write(path, content=b"new"):
         file.write(content)
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_a_new_file_replaces_none(tmp_path, monkeypatch, links):
+    """Nor one that another process writes at the same time, with hard links or without."""
+    if not links:
+        failing(monkeypatch, files.os, "link", errno.EPERM)
+    path = tmp_path / "a"
+    with files.replacing(path, new=True) as file:
+        file.write(b"first")
+    with pytest.raises(UserError, match="a: File exists"), files.replacing(path, new=True) as file:
+        file.write(b"second")
+    assert path.read_bytes() == b"first" and os.listdir(tmp_path) == ["a"]
+
+
 def is_folder(handle, *rest):
     return os.path.isdir(f"/proc/self/fd/{handle}" if isinstance(handle, int) else handle)
 

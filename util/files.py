@@ -35,11 +35,11 @@ UMASK = _umask()  # asked for once, as while it is asked for it is another one, 
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, new: bool = False) -> Iterator[BinaryIO]:
     """Open a file to write that takes `path`'s place only once it is whole and on the disk; until then, `path` stays.
 
-    A folder that is gone is made anew. Where the file system can't sync or can't change a mode, the file is written all
-    the same; it may then not outlive a power cut.
+    new: refuse to replace what lies there by then. A folder that is gone is made anew. Where the file system can't sync
+    or can't change a mode, the file is written all the same; it may then not outlive a power cut.
     Raises UserError where the disk is full or the folder can't be written.
     """
     temporary = None
@@ -51,7 +51,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             sync(file)
         with suppress(OSError):  # exFAT and CIFS have no modes
             os.chmod(temporary, 0o666 & ~UMASK)  # mkstemp's files are for their owner alone
-        os.replace(temporary, path)
+        if new:
+            _link(temporary, path)
+        else:
+            os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
         _remove(temporary)  # before the free space is looked at
@@ -59,6 +62,18 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise UserError(f"{reason}; what was there is as it was") from error
     finally:
         _remove(temporary)
+
+
+def _link(temporary: str, path: Path) -> None:
+    """Give the file the name `path`. Raises FileExistsError where that is taken, be it since a moment ago."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # no hard links
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
+        os.replace(temporary, path)
 
 
 def sync(file: BinaryIO) -> None:
