@@ -52,7 +52,7 @@ def main() -> None:
     recipe, path, student = cli.trained(args, tuple(RECIPES), beside_teacher=True)
     teacher_path = args.teacher or cli.teacher_path(args)
     teacher_recipe = cli.teacher_recipe(args, teacher_path)
-    teacher = jobs.load(teacher_recipe, teacher_path, args.dataset, args.stem, args.image_size)
+    teacher = jobs.load(teacher_recipe, teacher_path, args.dataset, args.stem, args.image_size, args.weights_key)
     teacher = cli.with_statistics(args, teacher_recipe, teacher)
     files.ensure_writable(cli.results_dir(args), "--results_dir")
     dataset = cli.load_data(args, chosen, student.about)

@@ -16,7 +16,7 @@ import re
 import struct
 import warnings
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from urllib.parse import urlparse
 
 import torch
 from torchvision.models import get_model_weights
+from torchvision.models.vision_transformer import interpolate_embeddings
 
 import models
 from models import TITLES
@@ -201,20 +202,47 @@ class _Foreign(Exception):
     """The file is whole as far as one can see, but not a checkpoint; says what it is."""
 
 
-def read(path: Path, hint: str, kind: str | None = None) -> tuple[State, About | None]:
+def read(path: Path, hint: str, kind: str | None = None, key: str | None = None) -> tuple[State, About | None]:
     """The weights in the file, whatever the network, and what travels with them, None where nothing does.
 
     hint: what to do where the file is missing. kind: the network by its name, whose weights are taken where
-    the file holds several networks'. Names are without a prefix that all of them have, and in torchvision's
-    layout; bookkeeping tensors among the weights stay, for `fit_into` to judge.
+    the file holds several networks'. key: the name of the set of weights that is taken of several. Names are without
+    the prefix under which the network lies, and in torchvision's layout; bookkeeping tensors among the weights stay,
+    for `fit_into` to judge.
 
     Raises UserError for a file that is missing, damaged, no state_dict, or a pickle that would run code (not run).
     """
-    return read_hashed(path, hint, kind)[:2]
+    return read_hashed(path, hint, kind, key)[:2]
 
 
-def read_hashed(path: Path, hint: str, kind: str | None = None) -> tuple[State, About | None, str]:
+def read_hashed(
+    path: Path, hint: str, kind: str | None = None, key: str | None = None
+) -> tuple[State, About | None, str]:
     """Return what `read` does, and the SHA-256 of the bytes that it is from: the file may be another one afterwards."""
+    value, about, content = _opened(path, hint)
+    state = _plain(value if _is_sealed(content) else _taken(value, path, kind, key), path)
+    return state, about, hashlib.sha256(content).hexdigest()
+
+
+def network_in(path: Path, key: str | None = None) -> str | None:
+    """The network in the file by its name, as the file says or its weights show; None where neither does."""
+    try:
+        value, about, content = _opened(path, "")
+        if about:
+            return about["network"]
+        entries = _plain(value, path) if _is_sealed(content) else _taken(value, path, None, key, tells=False)
+    except UserError:  # which `read` raises again, knowing the network and the hint
+        return None
+    return next((name for name, called in TITLES.items() if called == _architecture(entries)), None)
+
+
+def _is_sealed(content: bytes) -> bool:
+    """Whether the file was made here."""
+    return content[-SEAL_SIZE:].startswith(SEAL)
+
+
+def _opened(path: Path, hint: str) -> tuple[Any, About | None, bytes]:
+    """What the file holds, its about.json, and its bytes. Raises UserError as `read` does."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -234,8 +262,7 @@ def read_hashed(path: Path, hint: str, kind: str | None = None) -> tuple[State, 
         what = "a safetensors file" if _is_safetensors(content, path.suffix) else "not a checkpoint of PyTorch"
         joined = "damaged (cut short?): " if what.startswith("a ") else "damaged (cut short?), or "
         raise UserError(f"{path} is {joined}{what}; {hint}") from None
-    own = content[-SEAL_SIZE:].startswith(SEAL)
-    return _plain(value if own else _taken(value, path, kind), path), about, hashlib.sha256(content).hexdigest()
+    return value, about, content
 
 
 def _parsed(content: bytes, suffix: str) -> tuple[Any, About | None]:
@@ -404,44 +431,98 @@ def _safetensors(content: bytes) -> tuple[State, About | None]:
     return state, about
 
 
-def _taken(value: object, path: Path, kind: str | None) -> dict[str, Any]:
-    """Of the sets of weights in what the file holds, the one to take; says which where there are several.
+class _Found(NamedTuple):
+    """A set of weights in a file. name: where it is ("model.ema"). inside: the weights by the network's own names.
 
-    Those of the kind asked for come first, then those of a network that is known, then those of WRAPPERS' names, in
-    that order. Raises UserError where there is none, or none comes first.
+    outside: what lies beside the networks in the same dict, by its own names.
     """
 
-    wanted = TITLES.get(models.canonical(kind), OTHER) if kind else ""
+    name: str
+    inside: dict[Any, Any]
+    outside: dict[Any, Any]
 
-    def place(item: tuple[str, dict[str, Any]]) -> tuple:
-        name, entries = item
-        holds = _architecture(entries)
-        steps = [WRAPPERS.index(step) if step in WRAPPERS else len(WRAPPERS) for step in name.split(".") if step]
-        return holds != wanted, holds == OTHER, holds == OTHER and not name, steps
 
-    found = sorted(_sets(value), key=place)
-    if not found:
+def _taken(value: object, path: Path, kind: str | None, key: str | None, tells: bool = True) -> dict[str, Any]:
+    """Of the sets of weights in what the file holds, the one to take; says which where there are several.
+
+    The one that lacks the fewest weights of the kind asked for comes first, then the one with the fewest of another
+    shape, then those of WRAPPERS' names, in that order. Raises UserError where there is none, or none comes first.
+    """
+    wanted = _wanted(kind)
+
+    def place(found: _Found) -> tuple:
+        lacking, misfits, surplus = min(_unlike(found.inside, skeleton) for skeleton in wanted)
+        steps = [WRAPPERS.index(step) if step in WRAPPERS else len(WRAPPERS) for step in found.name.split(".") if step]
+        return lacking, misfits, lacking > 0 and not found.name, 0 if lacking else surplus, steps
+
+    sets = sorted(_sets(value, wanted), key=place)
+    if not sets:
         raise UserError(f"{path} is not a state_dict (names to plain tensors)")
-    if len(found) > 1:
-        names = [ascii(name)[1:-1] or "not in any dict" for name, _ in found]
-        several = f"{path} holds several sets of weights ({', '.join(names[:6])}{', ...' * (len(names) > 6)})"
-        if place(found[0]) == place(found[1]):
-            raise UserError(f"{several}: save the one that is meant in a file of its own")
-        say(f"{several}: taking {names[0]}")
-    return found[0][1]
+    names = [ascii(found.name)[1:-1] or "not in any dict" for found in sets]
+    several = f"{path} holds several sets of weights ({', '.join(names[:6])}{', ...' * (len(names) > 6)})"
+    if key is not None:
+        exact = [found for found in sets if found.name == key]
+        sets = exact or [found for found in sets if f".{key}." in f".{found.name}."]
+        if not sets:
+            raise UserError(
+                f"--weights_key {key}: {path} holds no such set of weights; it holds {', '.join(names[:6])}"
+            )
+    if len(sets) > 1 and place(sets[0]) == place(sets[1]):
+        raise UserError(f"{several}: choose one with --weights_key NAME")
+    if len(names) > 1 and tells:
+        say(f"{several}: taking {ascii(sets[0].name)[1:-1] or names[0]}; --weights_key NAME takes another")
+    return _with_head(sets[0], wanted[0], path, tells) if kind else {**sets[0].outside, **sets[0].inside}
 
 
-def _sets(value: object, name: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The dicts of weights in the value and up to two levels down, each with where it was found ("model.ema")."""
+def _wanted(kind: str | None) -> list[models.Skeleton]:
+    """The skeletons of the network that is looked for: of that kind, of the rows' where none is asked for."""
+    try:
+        return [models.skeleton(name) for name in ([kind] if kind else models.NETWORKS)]
+    except UserError:  # one that models does not know
+        return _wanted(None)
+
+
+def _unlike(entries: dict[Any, Any], skeleton: models.Skeleton) -> tuple[int, int, int]:
+    """How many of the network's weights lack, how many have another shape, and how many others are there."""
+    there = [name for name in skeleton.body if name in entries]
+    lacking = sum(name not in entries and not _is_bookkeeping(name) for name in skeleton.body)
+    misfits = sum(getattr(entries[name], "shape", None) != skeleton.body[name] for name in there)
+    return lacking, misfits, len(entries) - len(there)
+
+
+def _with_head(found: _Found, wanted: models.Skeleton, path: Path, tells: bool) -> dict[str, Any]:
+    """The set's weights, the last layer's among them where it has another name, beside the network or in it."""
+    entries, (body, head) = {**found.outside, **found.inside}, wanted
+    modules = {name.rpartition(".")[0] for name in head}
+    if len(modules) != 1 or head.keys() & entries.keys():
+        return entries
+    module, features = modules.pop(), {name.rpartition(".")[2]: shape[1:] for name, shape in head.items()}
+    layers: dict[str, dict[str, Any]] = {}
+    for name in entries.keys() - body.keys():
+        if _is_weight(entries[name]):
+            layers.setdefault(name.rpartition(".")[0], {})[name.rpartition(".")[2]] = entries[name].shape[1:]
+    fitting = sorted(layer for layer, shapes in layers.items() if shapes == features)
+    same_name = [layer for layer in fitting if layer.rpartition(".")[2] == module.rpartition(".")[2]]
+    if len(fitting) != 1 and len(same_name) != 1:
+        return entries
+    layer = (same_name if len(same_name) == 1 else fitting)[0]
+    if tells:
+        say(f"{path}: its last layer is {layer!a}")
+    names = {f"{layer}.{leaf}": f"{module}.{leaf}" for leaf in features}
+    return {names.get(name, name): entry for name, entry in entries.items()}
+
+
+def _sets(value: object, wanted: list[models.Skeleton], name: str = "", depth: int = 0) -> Iterator[_Found]:
+    """The sets of weights in the value and in its dicts up to two levels down."""
     if not isinstance(value, dict):
         return
     # dict.items(value), not value.items(): a file can give an OrderedDict attributes, which would hide methods.
     items = dict(dict.items(value))
     if any(_is_weight(entry) for entry in items.values()):
-        yield from _networks(items, name)
+        yield from _networks(items, wanted, name)
     for key, inner in items.items():
         if depth < 2 and isinstance(key, str):
-            yield from _sets(inner, f"{name}.{key}" if name else key, depth + 1)
+            yield from _sets(inner, wanted, f"{name}.{key}" if name else key, depth + 1)
 
 
 def _is_weight(value: object) -> bool:
@@ -449,24 +530,35 @@ def _is_weight(value: object) -> bool:
     return isinstance(value, torch.Tensor) and value.ndim > 0 and value.dtype != torch.uint8
 
 
-def _networks(entries: dict[Any, Any], name: str) -> Iterator[tuple[str, dict[Any, Any]]]:
-    """The entries, named as the network itself names them: one dict for each prefix under which a ResNet lies.
-
-    What lies under none of these prefixes is in each of the dicts.
-    """
+def _networks(entries: dict[Any, Any], wanted: list[models.Skeleton], name: str) -> Iterator[_Found]:
+    """A set of weights for each prefix of names under which a wanted network lies, or one beside it."""
     if not all(isinstance(key, str) for key in entries):
-        yield name, entries
+        yield _Found(name, entries, {})
         return
-    ends = "layer4.1.conv1.weight"
-    prefixes = [key.removesuffix(ends) for key in entries if f".{key}".endswith(f".{ends}")]
-    prefixes = [prefix for prefix in prefixes if f"{prefix}fc.weight" in entries]
+    prefixes = _prefixes(entries, wanted)
     owners = {key: max(filter(key.startswith, prefixes), key=len, default=None) for key in entries}
     outside = {key: value for key, value in entries.items() if owners[key] is None}
     for prefix in prefixes:
         inside = {key.removeprefix(prefix): value for key, value in entries.items() if owners[key] == prefix}
-        yield f"{name}.{prefix}".strip("."), {**outside, **inside}
+        yield _Found(f"{name}.{prefix}".strip("."), inside, outside)
     if not prefixes:
-        yield name, _modern(_without_prefix(entries))
+        yield _Found(name, _modern(_without_prefix(entries)), {})
+
+
+def _prefixes(entries: dict[str, Any], wanted: list[models.Skeleton]) -> list[str]:
+    """The prefixes under which a quarter of a wanted network's names are, and those beside them of WRAPPERS' names."""
+    prefixes = set()
+    for skeleton in wanted:
+        counts = Counter(
+            key[:start]
+            for key in entries
+            for start in [0, *(match.end() for match in re.finditer(r"\.", key))]
+            if key[start:] in skeleton.body
+        )
+        prefixes |= {prefix for prefix, n in counts.items() if 4 * n > len(skeleton.body)}
+    around = {re.sub(r"[^.]+\.$", "", prefix) for prefix in prefixes}
+    beside = {f"{start}{step}." for start in around for step in WRAPPERS}
+    return sorted(prefixes | {prefix for prefix in beside if any(key.startswith(prefix) for key in entries)})
 
 
 def _without_prefix(entries: dict[str, Any]) -> dict[str, Any]:
@@ -583,9 +675,10 @@ def fill(network: torch.nn.Module, kind: str, state: State, path: Path) -> torch
     architecture or another number of classes; then the network is as it was.
     """
     holds, wanted = describe(state), describe(network.state_dict())
-    if holds.title != wanted.title:
+    if holds.title != wanted.title and (holds.title, wanted.title) != (TITLES["feature_student"], TITLES["student"]):
         needed = kind if wanted.title == OTHER else wanted.title
-        raise UserError(f"{path} holds a {holds.title}, not the {needed} needed here")
+        told = "; name it with --teacher_arch or --student_arch" if holds.title == OTHER else ""
+        raise UserError(f"{path} holds a {holds.title}, not the {needed} needed here{told}")
     if None not in (holds.classes, wanted.classes) and holds.classes != wanted.classes:
         raise UserError(f"{path} tells {holds.classes} classes apart, the data set has {wanted.classes}")
     fit_into(network, state, path, models.surplus(kind))
@@ -612,6 +705,8 @@ def fit_into(network: torch.nn.Module, state: State, path: Path, surplus: tuple[
     for key, value in expected.items():
         given = state[key] if key in state else torch.zeros_like(value)
         if given.shape != value.shape:
+            if other := _other_images(key, given, expected):
+                raise UserError(f"{path} {other}")
             shapes = f"{tuple(given.shape)}, not {tuple(value.shape)}"
             raise UserError(f"{path} does not fit the network: {key} has the shape {shapes}")
         if given.dtype != value.dtype and not {given.dtype, value.dtype} <= FLOATS:
@@ -623,35 +718,88 @@ def fit_into(network: torch.nn.Module, state: State, path: Path, surplus: tuple[
     network.load_state_dict(weights)
 
 
+def _other_images(key: str, given: torch.Tensor, expected: State) -> str | None:
+    """What images the network in the file is for, where the weights of that name show that and it takes others here."""
+    value = expected[key]
+    if given.ndim == value.ndim == 4 and given.shape[1] in (1, 2, 4) and value.shape[1] == 3:
+        return f"is for images of {given.shape[1]} channels ({key}), images here have 3; train it on RGB images"
+    if _is_of_positions(key, given, value):
+        there, here = (f"{side}x{side}" for side in (_side(given, expected), _side(value, expected)))
+        return f"is for images of {there} pixels, the network here for {here}; train it at {here}"
+    return None
+
+
+def _is_of_positions(key: str, given: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether these are a vision transformer's embeddings of the places of an image's patches."""
+    return "pos_embed" in key and given.ndim == value.ndim == 3 and given.shape[2] == value.shape[2]
+
+
+def _side(positions: torch.Tensor, expected: State) -> int:
+    """The side of the images in pixels; besides the patches a few tokens have a position."""
+    patch = next((value.shape[2] for value in expected.values() if value.ndim == 4 and value.shape[1] == 3), 1)
+    return math.isqrt(positions.shape[1]) * patch
+
+
 def _named_as(expected: State, state: State) -> State:
     """The state_dict with the names that the network has, where `read` took the prefix from them."""
-    sets = [entries for _, entries in _networks({key: key for key in expected}, "")]
-    names = sets[0] if len(sets) == 1 else {}
+    sets = list(_networks({key: key for key in expected}, _wanted(None), ""))
+    names = {**sets[0].outside, **sets[0].inside} if len(sets) == 1 else {}
     return {names.get(key, key): value for key, value in state.items()}
 
 
-def start(network: torch.nn.Module, source: str, arch: str = "teacher", stem: str = "small") -> str | None:
+def start(
+    network: torch.nn.Module, source: str, arch: str = "teacher", stem: str = "small", key: str | None = None
+) -> str | None:
     """Give the network the weights that it starts from, all but its stem and classifier, where those are its own.
 
     source: "imagenet", for torchvision's weights; a file with such a network's weights; "none" leaves the random ones.
+    key: as `read` has it. What a student was distilled through is neither asked for nor taken.
     Return the SHA-256 of the file's bytes, None for "none". Raises UserError where the weights can't be had or are of
     another network.
     """
     if source == "none":
         return None
     path = _imagenet_file(arch) if source == "imagenet" else Path(os.path.expanduser(source))
-    called = TITLES.get(models.canonical(arch), arch)
-    state, _, digest = read_hashed(path, f"give --weights a state_dict of torchvision's {called}, or none", arch)
+    plain = models.without_projector(arch.partition("+")[0])
+    called = TITLES.get(plain, plain)
+    state, about, digest = read_hashed(
+        path, f"give --weights a state_dict of torchvision's {called}, or none", plain, key
+    )
     if source == "imagenet" and not digest.startswith(path.stem.rpartition("-")[2]):
         raise UserError(f"{path} has changed since it was checked; start again")
+    if about and models.without_projector(about["network"].partition("+")[0]) != plain:
+        raise UserError(f"--weights {path} holds a {about['network']}, not a {called}")
     own = tuple(f"{name.rpartition('.')[0]}." for name in models.own_weights(arch, stem))
-    state = {key: value for key, value in state.items() if not key.startswith(own)}
-    state |= {key: value for key, value in network.state_dict().items() if key.startswith(own)}
+    own += tuple(name for name in models.stem_weights(plain) if _is_of_another_stem(network, state, name))
+    fresh = network.state_dict()
+    beside = [key for key in state.keys() - fresh.keys() if key.startswith(models.DISTILLED_THROUGH)]
+    state = {key: value for key, value in state.items() if not key.startswith(own) and key not in beside}
+    state |= {key: value for key, value in fresh.items() if key.startswith(own)}
+    state = _at_the_size(network, state, path)
     title = describe(state).title
     if title != TITLES.get(models.canonical(arch), OTHER):
         raise UserError(f"--weights {path} holds a {title}, not a {called}")
     fit_into(network, state, path, models.surplus(arch))
     return digest
+
+
+def _at_the_size(network: torch.nn.Module, state: State, path: Path) -> State:
+    """The weights of torchvision's vision transformer for images of the network's size, its positions interpolated."""
+    expected, key = network.state_dict(), "encoder.pos_embedding"
+    if key not in state.keys() & expected.keys() or state[key].shape == expected[key].shape:
+        return state
+    if not _is_of_positions(key, state[key], expected[key]):
+        return state
+    there, here = _side(state[key], expected), _side(expected[key], expected)
+    say(f"{path} is for images of {there}x{there} pixels: its positions are interpolated for {here}x{here}")
+    patch = expected["conv_proj.weight"].shape[2]
+    return dict(interpolate_embeddings(here, patch, OrderedDict(state)))
+
+
+def _is_of_another_stem(network: torch.nn.Module, state: State, name: str) -> bool:
+    """Whether the file's weights of that name are of a convolution of another size over the same channels."""
+    given, value = state.get(name), network.state_dict()[name]
+    return given is not None and given.shape[:2] == value.shape[:2] and given.shape != value.shape
 
 
 def imagenet_url(arch: str) -> str | None:

@@ -162,6 +162,7 @@ def add_network_flags(parser: Parser) -> None:
     group = parser.add_argument_group("networks; --list names them")
     group.add_argument("--teacher_arch", type=arch, metavar="NAME", help="default: resnet50, or what --teacher holds")
     group.add_argument("--student_arch", type=arch, metavar="NAME", help="default: resnet18")
+    add_weights_key_flag(group)
     group.add_argument(
         "--stem", choices=["auto", "small", "standard"], default="auto",
         help="small: without early pooling, for small images; auto: small up to 64 pixels, where the network has one",
@@ -173,6 +174,14 @@ def add_weights_flag(parser: Parser, default: str) -> None:
     parser.add_argument(
         "--weights", default="auto", metavar="FILE",
         help=f"what it starts from: imagenet, none, or a FILE (a state_dict); default: {default}",
+    )  # fmt: skip
+
+
+def add_weights_key_flag(group: argparse._ActionsContainer) -> None:
+    """The flag of the scripts that read others' checkpoints."""
+    group.add_argument(
+        "--weights_key", metavar="NAME",
+        help="the set of weights to take of several in a checkpoint that was not made here, as state_dict_ema",
     )  # fmt: skip
 
 
@@ -225,11 +234,12 @@ def arch(text: str) -> str:
 
 
 def teacher_recipe(args: argparse.Namespace, path: Path) -> Recipe:
-    """What the teacher in the file is: the network that was asked for, or else that which the file says it holds."""
+    """What the teacher in the file is: the network that was asked for, or else that which the file holds."""
     if args.teacher_arch is None and path.is_file():
-        about = checkpoint.read(path, "")[1]
-        if about and about["network"] not in models.NETWORKS:
-            return of_arch(RECIPES["teacher"], about["network"])
+        name = checkpoint.network_in(path, args.weights_key)
+        name = name and models.without_projector(name)
+        if name not in (None, "teacher"):
+            return of_arch(RECIPES["teacher"], OWN_NETWORKS.get(name, name))
     return chosen_teacher(args)
 
 
@@ -442,7 +452,8 @@ def distilled(args: argparse.Namespace, teacher: Recipe) -> Recipe:
         return override(with_networks(RECIPES[args.model_job or "distillation"], args, teacher), args)
     if args.model_job:
         raise UserError("--loss and --model_job: a job has its own loss; give one of the two")
-    network = "feature_student" if losses.LOSSES[args.loss].projects else "student"
+    projects = losses.LOSSES[args.loss].projects or args.beta or args.gamma
+    network = "feature_student" if projects else "student"
     plain, like = RECIPES["student"], RECIPES["distillation"]
     shape = {"network": network, "epochs": plain.epochs, "scheduler_step": plain.scheduler_step}
     named = f"--loss {args.loss}"
@@ -474,7 +485,7 @@ def override(recipe: Recipe, args: argparse.Namespace) -> Recipe:
     given = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
     for name in ("beta", "gamma"):
         if name in given and recipe.network != "feature_student":
-            raise UserError(f"--{name}: {what} has no projector for a feature loss; use one of the LDH jobs")
+            raise UserError(f"--{name}: {what} has no projector for a feature loss; use one of the LDH jobs, or --loss")
     given |= _alpha(recipe, what, given.pop("alpha", None), getattr(args, "schedule", None))
     settings = {name: getattr(args, name) for name in _settings() if getattr(args, name, None) is not None}
     recipe = replace(recipe, **given, settings={**recipe.settings, **settings})
@@ -526,7 +537,14 @@ def trained(
         teacher = of_arch(RECIPES["teacher"], args.teacher_arch) if recipe.distils else None
         recipe = with_networks(recipe, args, teacher)
     file = args.checkpoint or jobs.checkpoint_path(recipe, folder, args.seed)
-    return recipe, file, jobs.load(recipe, file, args.dataset, args.stem, args.image_size)
+    if not getattr(args, f"{_role(recipe)}_arch") and file.is_file():
+        holds = checkpoint.network_in(file, args.weights_key)
+        if holds and models.canonical(holds) != models.canonical(recipe.built):
+            recipe = replace(recipe, arch=holds)
+    trained = jobs.load(recipe, file, args.dataset, args.stem, args.image_size, args.weights_key)
+    if args.weights_key and trained.about:
+        raise UserError(f"--weights_key: {file} was made here and holds one network; leave the flag away")
+    return recipe, file, trained
 
 
 def _ensure_network(recipe: Recipe, args: argparse.Namespace) -> None:
@@ -588,7 +606,7 @@ def setup(args: argparse.Namespace, dataset: data.Dataset, chosen: Runtime, **ch
     if args.val_fraction:
         dataset = dataset.holding_out(args.val_fraction)
     switches = {name: getattr(args, name) == "on" for name in ("compile", "cuda_graphs", "sync_bn")}
-    choices |= {**switches, "stem": args.stem, "tensorboard": args.tensorboard}
+    choices |= {**switches, "stem": args.stem, "tensorboard": args.tensorboard, "weights_key": args.weights_key}
     return Setup(dataset, chosen, checkpoint_dir(args), results_dir(args), **choices)
 
 

@@ -49,10 +49,11 @@ class Setup:
 
     seed: of the weights and of the data's order. name: of this run, where it is not to have its job's. augment: random
     crop and flip of the training images, which a recipe's training may have by itself. weights: what the network starts
-    from, see start_of. compile: the network that is trained, and a teacher that runs at every step. cuda_graphs: a step
-    on CUDA is one CUDA graph, see util.graphs. stem: of the networks, "small", "standard", or "auto", by the images'
-    size. mode: "new", "resume" or "overwrite", see OnDisk. sync_bn: of several processes on CUDA, batch norm takes its
-    statistics over all parts of a batch. tensorboard: write the figures for it, too.
+    from, see start_of. weights_key: the set of weights that is taken of several in a file. compile: the network that is
+    trained, and a teacher that runs at every step. cuda_graphs: a step on CUDA is one CUDA graph, see util.graphs.
+    stem: of the networks, "small", "standard", or "auto", by the images' size. mode: "new", "resume" or "overwrite",
+    see OnDisk. sync_bn: of several processes on CUDA, batch norm takes its statistics over all parts of a batch.
+    tensorboard: write the figures for it, too.
     overwrites: whether --overwrite and --name are there to advise.
     """
 
@@ -64,6 +65,7 @@ class Setup:
     name: str | None = None
     augment: bool = False
     weights: str = "auto"
+    weights_key: str | None = None
     compile: bool = False
     cuda_graphs: bool = True
     stem: str = "auto"
@@ -95,7 +97,8 @@ class Trained(NamedTuple):
     """A network from a checkpoint, and what the file says of it; None where it says nothing.
 
     sha256: of the file's bytes that they are from. given: the normalisation of its images, where the user tells it.
-    stem: which it was built with, where the file fits either; else None.
+    stem: which it was built with, where the file fits either; else None. key: of the set of weights in the file, where
+    the user tells it.
     """
 
     network: nn.Module
@@ -103,6 +106,7 @@ class Trained(NamedTuple):
     sha256: str
     given: Normalisation | None = None
     stem: str | None = None
+    key: str | None = None
 
     @property
     def normalisation(self) -> Normalisation | None:
@@ -153,7 +157,7 @@ def identity(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> dict[str,
         "batch_norm": _batch_norm(setup),
         "recipe": described(replace(recipe, settings=losses.settings_of(recipe), weight=losses.weight_of(recipe))),
         "stem": stem_of(recipe, setup),
-        "weights": _content_of(start_of(recipe, setup)),
+        "weights": _content_of(start_of(recipe, setup), setup.weights_key),
         "teacher": teacher and teacher.identity,
         "warm_start": None,
     }
@@ -173,14 +177,14 @@ def start_of(recipe: Recipe, setup: Setup) -> str | None:
     return "imagenet" if checkpoint.imagenet_url(recipe.built) else "none"
 
 
-def _content_of(start: str | None) -> str | None:
-    """What a network starts from: of a file its content, wherever it lies."""
+def _content_of(start: str | None, key: str | None) -> str | None:
+    """What a network starts from: of a file its content, wherever it lies, and the key of the set of weights in it."""
     file = _file_of(start)
-    return _file_told(sha256(file)) if file and file.is_file() else start
+    return _file_told(sha256(file), key) if file and file.is_file() else start
 
 
-def _file_told(digest: str) -> str:
-    return f"a file of sha256 {digest}"
+def _file_told(digest: str, key: str | None) -> str:
+    return f"a file of sha256 {digest}{f', {key}' if key else ''}"
 
 
 def _file_of(start: str | None) -> Path | None:
@@ -597,8 +601,8 @@ def _fresh(recipe: Recipe, setup: Setup, keeper: Keeper, shorter: Result | None)
         checkpoint.fill(network, recipe.built, state, path)
     elif (start := start_of(recipe, setup)) and not keeper.state:
         with processes.first_on_its_machine():
-            digest = checkpoint.start(network, start, recipe.built, stem_of(recipe, setup))
-        if _file_of(start) and keeper.identity["weights"] != _file_told(digest):
+            digest = checkpoint.start(network, start, recipe.built, stem_of(recipe, setup), setup.weights_key)
+        if _file_of(start) and keeper.identity["weights"] != _file_told(digest, setup.weights_key):
             raise UserError(f"--weights {start} has changed since this run began; start it again")
     if runtime.device.type == "cpu":
         replace_all(network)
@@ -742,28 +746,36 @@ def of_network(recipe: Recipe, name: str) -> Recipe:
 
 
 def load(
-    recipe: Recipe, path: Path, dataset: str = "cifar100", stem: str = "auto", image_size: int | None = None
+    recipe: Recipe,
+    path: Path,
+    dataset: str = "cifar100",
+    stem: str = "auto",
+    image_size: int | None = None,
+    key: str | None = None,
 ) -> Trained:
     """The trained network of a recipe, from its checkpoint. Raises UserError.
 
     dataset: a name, for the command that would make a checkpoint that is missing. stem, image_size: as the user has
-    them, for a checkpoint that does not show its stem.
+    them, for a checkpoint that does not show its stem. key: of the set of weights, see checkpoint.read.
     """
-    hint = _how_to_make(recipe, path, dataset)
-    state, about, digest = checkpoint.read_hashed(path, hint, recipe.built)
-    if about and recipe.arch and models.canonical(about["network"]) != models.canonical(recipe.arch):
-        raise UserError(f"{path} holds a {about['network']}, not the {recipe.arch} needed here")
+    hint, kind = _how_to_make(recipe, path, dataset), recipe.built
+    state, about, digest = checkpoint.read_hashed(path, hint, kind, key)
+    if about and models.without_projector(about["network"]) != models.without_projector(kind):
+        needed = models.TITLES.get(models.canonical(kind), kind)
+        raise UserError(f"{path} holds a {about['network']}, not the {needed} needed here")
+    if about and kind == "feature_student":  # whose file may have no projector
+        kind = models.canonical(about["network"])
     holds = checkpoint.describe(state)
     told = holds.stem or (about and about.get("stem"))
-    stem = told or models.stem_of(recipe.built, stem, image_size or 32)
-    classes = len(about["classes"]) if about else checkpoint.classes_in(state, recipe.built, stem)
+    stem = told or models.stem_of(kind, stem, image_size or 32)
+    classes = len(about["classes"]) if about else checkpoint.classes_in(state, kind, stem)
     if classes is None:
         raise UserError(f"{path} holds a {holds.title}, and says nothing of its classes")
     if not any(value.ndim and len(value) == classes for value in state.values()):
         raise UserError(f"{path} is damaged: it names {classes} classes, and no weight in it is of so many; {hint}")
-    network = models.build(recipe.built, classes, stem)
-    checkpoint.fill(network, recipe.built, state, path)
-    return Trained(network, about, digest, stem=None if told or not models.has_both_stems(recipe.built) else stem)
+    network = models.build(kind, classes, stem)
+    checkpoint.fill(network, kind, state, path)
+    return Trained(network, about, digest, stem=None if told or not models.has_both_stems(kind) else stem, key=key)
 
 
 def _how_to_make(recipe: Recipe, path: Path, dataset: str) -> str:
@@ -842,6 +854,7 @@ def make_teacher(trained: Trained, path: Path, setup: Setup, cache: bool, rows: 
         normalisation=trained.normalisation,
         given=trained.given,
         stem=trained.stem,
+        key=trained.key,
     )
 
 

@@ -94,6 +94,16 @@ def _start_small(network: "Library") -> None:
             layer.reset_parameters()
 
 
+def layers(name: str, num_classes: int, stem: str) -> nn.Module:
+    """The library's own network with that stem: the layers of `build`, which takes longer."""
+    if not name.startswith(TIMM):
+        return _torchvision_model(name, num_classes, stem)
+    model = _timm_model(name, num_classes)
+    if stem == "small":
+        _timm_small_stem(model)(model)
+    return model
+
+
 def _family(name: str) -> str:
     """The module of torchvision.models that defines the network, "resnet" for "wide_resnet50_2"."""
     if name not in names():
@@ -263,7 +273,7 @@ _traces: dict[tuple[str, str, str], Trace] = {}  # by name, stem and the device 
 
 
 def _torchvision_network(name: str, num_classes: int, stem: str) -> TracedNetwork:
-    model = _torchvision_model(name, num_classes, stem)
+    model = layers(name, num_classes, stem)
     key = name, stem, torch.get_default_device().type
     if key not in _traces:
         _traces[key] = _trace(model)
@@ -415,9 +425,7 @@ def _timm_model(name: str, num_classes: int) -> nn.Module:
 
 
 def _timm_network(name: str, num_classes: int, stem: str) -> nn.Module:
-    model = _timm_model(name, num_classes)
-    if stem == "small":
-        _timm_small_stem(model)(model)
+    model = layers(name, num_classes, stem)
     ends = _timm_ends(model)
     # The model itself, in a class of ours: a module that holds it would be in the names of all parameters.
     model.__class__ = type(f"Timm{type(model).__name__}", (TimmNetwork, type(model)), {})

@@ -1,7 +1,9 @@
 """The networks: torchvision's ResNets with a stem for small images, or their own, and the student with a projector."""
 
 import copy
+import functools
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -83,6 +85,9 @@ TITLES = {"teacher": "ResNet-50", "student": "ResNet-18", "feature_student": "Re
 # The rows' networks by the names that the field has for them.
 ROWS_OWN = {"resnet50": "teacher", "resnet18": "student"}
 
+# How the names of weights begin that a student has for its distillation alone: its projector's, its transfer's.
+DISTILLED_THROUGH = ("proj.", "transfer.")
+
 SMALL_IMAGES = 64  # pixels; up to these the stem for small images is taken unless told otherwise
 
 
@@ -162,12 +167,20 @@ def has_both_stems(arch: str) -> bool:
 
 def library_name(arch: str) -> str | None:
     """torchvision's own name of the network, None where it has none of that kind."""
+    arch = arch.partition("+")[0]
     name = {"teacher": "resnet50", "student": "resnet18", "feature_student": "resnet18"}.get(arch, arch)
     return name if name in library_models.names() else None
 
 
+def without_projector(arch: str) -> str:
+    """The network's one name, whether or not it has a projector, on which its logits do not depend."""
+    return "student" if arch == "feature_student" else canonical(arch)
+
+
 def surplus(arch: str) -> tuple[str, ...]:
     """How names of weights begin that a checkpoint of the network may hold and the network here has not."""
+    if canonical(arch) == "student":
+        return ("proj.",)
     return library_models.surplus(arch) if library_name(arch) else ()
 
 
@@ -177,14 +190,41 @@ def classifier_weights(arch: str, stem: str) -> list[str]:
 
 
 def own_weights(arch: str, stem: str) -> list[str]:
-    """The names of its weights that a network of torchvision's with 1000 classes can't give it."""
+    """The names of its weights that its kind with 1000 classes can't give it, which is torchvision's where it has one.
+
+    Of a student that reuses a teacher's classifier these are the transfer's, too.
+    """
     here, library = _skeleton(arch, 2, stem), library_name(arch)
-    return _differing(here, _skeleton(library, 3, "standard") if library else _skeleton(arch, 3, stem))
+    other = arch.partition("+")[0]
+    return _differing(here, _skeleton(library, 3, "standard") if library else _skeleton(other, 3, stem))
 
 
+def stem_weights(arch: str) -> list[str]:
+    """The names of its weights whose shapes depend on the stem."""
+    return _differing(_skeleton(arch, 2, "small"), _skeleton(arch, 2, "standard")) if has_both_stems(arch) else []
+
+
+class Skeleton(NamedTuple):
+    """The shapes of a network's weights under their names. head: of those that depend on the number of classes."""
+
+    body: Mapping[str, torch.Size]
+    head: Mapping[str, torch.Size]
+
+
+def skeleton(arch: str) -> Skeleton:
+    """The names of a network's weights, and their shapes with the stem for small images where it has one."""
+    stem = stem_of(arch, "auto", SMALL_IMAGES)
+    shapes, head = _skeleton(arch, 2, stem), classifier_weights(arch, stem)
+    body = {name: shape for name, shape in shapes.items() if name not in head}
+    return Skeleton(body, {name: shapes[name] for name in head})
+
+
+@functools.cache
 def _skeleton(arch: str, num_classes: int, stem: str) -> dict[str, torch.Size]:
+    ours = "+" in arch or canonical(arch) in NETWORKS or (arch in ARCHITECTURES and stem == "small")
     with torch.device("meta"):
-        return {name: value.shape for name, value in build(arch, num_classes, stem).state_dict().items()}
+        network = (build if ours else library_models.layers)(arch, num_classes, stem)
+    return {name: value.shape for name, value in network.state_dict().items()}
 
 
 def _differing(shapes: dict[str, torch.Size], others: dict[str, torch.Size]) -> list[str]:

@@ -58,8 +58,8 @@ class Recipe:
     soft: str | None = None
     alpha: float | str = _flag(FRACTION, "weight of the hard labels, where it is not scheduled", default=1.0)
     settings: Mapping[str, float] = field(default_factory=dict)
-    beta: float = _flag(NOT_NEGATIVE, "weight of the feature MSE (rows with a projector)", default=0.0)
-    gamma: float = _flag(NOT_NEGATIVE, "weight of student to teacher, S2T (rows with a projector)", default=0.0)
+    beta: float = _flag(NOT_NEGATIVE, "weight of the feature MSE (LDH rows, any --loss)", default=0.0)
+    gamma: float = _flag(NOT_NEGATIVE, "weight of student to teacher, S2T (LDH rows, any --loss)", default=0.0)
     learning_rate: float = _flag(POSITIVE, default=0.001)
     batch_size: int = _flag(COUNT, default=256)
     training: str = "reference"

@@ -212,7 +212,7 @@ def load_teacher(
     recipe: Recipe, path: Path, setup: Setup, args: argparse.Namespace, distilled: list[Recipe]
 ) -> Teacher:
     """The teacher in the file, trained here or put there, for the recipes to be distilled."""
-    trained = jobs.load(recipe, path, setup.dataset.name, setup.stem, setup.dataset.image_size)
+    trained = jobs.load(recipe, path, setup.dataset.name, setup.stem, setup.dataset.image_size, setup.weights_key)
     trained = trained._replace(given=cli.normalisation(args))
     return jobs.make_teacher(trained, path, setup, args.teacher_cache == "auto", distilled)
 

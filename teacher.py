@@ -53,12 +53,14 @@ class Teacher:
         normalisation: Normalisation | None = None,
         given: Normalisation | None = None,
         stem: str | None = None,
+        key: str | None = None,
     ):
         """sha256: of the checkpoint. top1: its accuracy, in percent. cache_dir: None never remembers outputs.
 
         needs: what all rows to come will ask for, so that the one pass had better keep it from the start.
         shown: how the images of the batches are normalised; normalisation: how the teacher wants them, where it
         differs. given: it, where it is the user's and not the checkpoint's word. stem: of the network, likewise.
+        key: of the set of weights in the checkpoint, likewise.
 
         classifier: what its outputs tell of its final layers, whatever the batch.
         """
@@ -67,7 +69,7 @@ class Teacher:
         self.network = self.forward = folded(network).to(runtime.device)
         self.classifier = {"head": self.network.classify, "prototypes": models.prototypes(self.network)}
         self.runtime, self.sha256, self.top1, self.cache_dir = runtime, sha256, top1, cache_dir
-        self.needs, self.given, self.stem = frozenset(needs), given, stem
+        self.needs, self.given, self.stem, self.key = frozenset(needs), given, stem, key
         self.rescale = None if normalisation in (None, shown) else _rescaling(shown, normalisation, runtime.device)
         self.caches: dict[str, TeacherCache] = {}  # for each set of images, by its fingerprint
         self.views: dict[str, Views] = {}
@@ -76,7 +78,7 @@ class Teacher:
     def identity(self) -> dict[str, Any]:
         """What makes two teachers the same: the file, and where the user says them its normalisation and its stem."""
         told = {"sha256": self.sha256, "normalisation": self.given and [list(values) for values in self.given]}
-        return told | ({"stem": self.stem} if self.stem else {})
+        return told | ({"stem": self.stem} if self.stem else {}) | ({"weights_key": self.key} if self.key else {})
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Outputs:
@@ -98,6 +100,7 @@ class Teacher:
             batches.fingerprint(),
         ]
         parts += [scale.flatten().tolist() for scale in self.rescale or ()]
+        parts += [self.key] if self.key else []
         return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:32]
 
     def make_room(self, key: str, size: int) -> None:

@@ -39,7 +39,7 @@ def main() -> None:
     recipe = cli.distilled(args, teacher)
     chosen = runtime.choose(args.device, args.precision)
     dataset = cli.load_data(args, chosen)
-    trained = jobs.load(teacher, path, args.dataset, args.stem, dataset.image_size)
+    trained = jobs.load(teacher, path, args.dataset, args.stem, dataset.image_size, args.weights_key)
     trained = trained._replace(given=cli.normalisation(args))
     jobs.check_fit(trained, dataset, path)
     setup = cli.training_setup(args, dataset, chosen, weights=args.weights)

@@ -1,5 +1,6 @@
 """Networks other than the rows' own: every loss on every kind of pair, and the flags that choose them."""
 
+import argparse
 import json
 from functools import cache
 
@@ -253,9 +254,90 @@ def test_statistics_of_a_teacher(script, small, light):
     refused(script(*flags), "teacher.normalisation")
     raw = ["--teacher_mean", "0,0,0", "--teacher_std", "1,1,1"]  # pixels from 0 to 1, as many a teacher is fed
     assert script(*flags, "--name", "raw", *raw).code == 0
-    refused(script(*flags, "--teacher_mean", "0,0,0", "--teacher_std", "0,1,1"), "--teacher_std", "above 0")
+    refused(script(*flags, "--teacher_mean", "0,0,0", "--teacher_std", "0,1,1"), "--teacher_std", "from 0.000001")
     refused(script(*flags, "--teacher_mean", "-1,0,0", "--teacher_std", "1,1,1"), "--teacher_mean")
     refused(script(*flags, "--teacher_mean", "0.5,0.5,0.5"), "belong together")
     refused(script(*flags, "--teacher_mean", "0.5,0.5", "--teacher_std", "imagenet"), "three numbers")
     told = script(*flags, "--name", "fed_wrongly", "--teacher_mean", "9,9,9", "--teacher_std", "imagenet")
     assert "--teacher_mean" in told.err and "by chance" in told.err
+
+
+ABOUT = {"stem": "small", "classes": list("abcd"), "image_size": 8, "mean": [0.5] * 3, "std": [0.2] * 3}
+MADE_HERE = {  # each kind of checkpoint: the network in it, and whether it is in the older layout, which tells nothing
+    "teacher": ("teacher", False),
+    "student": ("student", False),
+    "LDH student": ("feature_student", False),
+    "LDH student in the older layout": ("feature_student", True),
+    "simkd student": ("resnet20+resnet8x4", False),
+    "another network": ("wrn_16_2", False),
+    "of a library": ("mobilenet_v2", False),
+}
+
+
+def made_here(kind, path):
+    name, older = MADE_HERE[kind]
+    torch.manual_seed(0)
+    made = models.build(name, 4).eval()
+    state = made.state_dict()
+    if older:
+        names = {new: old for old, new in checkpoint.LEGACY_PREFIXES.items()}
+        change = {
+            key: next((old + key[len(n) :] for n, old in names.items() if key.startswith(n)), key) for key in state
+        }
+        torch.save({change[key]: value for key, value in state.items()}, path)
+    else:
+        checkpoint.save(made, path, {**ABOUT, "network": name})
+    return name, made
+
+
+@pytest.mark.parametrize("kind", MADE_HERE)
+def test_whatever_was_made_here_can_be_a_teacher(tmp_path, kind):
+    """Without a flag that names its network."""
+    name, made = made_here(kind, tmp_path / "x.pth")
+    args = argparse.Namespace(teacher_arch=None, weights_key=None, training="reference")
+    trained = jobs.load(cli.teacher_recipe(args, tmp_path / "x.pth"), tmp_path / "x.pth")
+    teacher, recipe = trained.network.eval(), Recipe("row", "row", "student", 1, 1, soft="kd", alpha=0.0)
+    with torch.no_grad():
+        torch.testing.assert_close(teacher(images()).logits, made(images()).logits)
+        torch.testing.assert_close(models.folded(teacher)(images()).logits, made(images()).logits, rtol=1e-4, atol=1e-4)
+    losses.Objective(recipe, models.shapes(network("resnet20"), SIDE, 4), models.shapes(teacher, SIDE, 4))
+
+
+@pytest.mark.parametrize("kind", MADE_HERE)
+@pytest.mark.parametrize("reusing", [False, True])
+def test_whatever_was_made_here_can_be_a_start(tmp_path, kind, reusing):
+    """Of the same network, and of one that reuses a teacher's classifier: all but what belongs to a distillation."""
+    name, made = made_here(kind, tmp_path / "x.pth")
+    plain = models.without_projector(name.partition("+")[0])
+    if reusing and kind == "of a library":
+        pytest.skip("mobilenet_v2 has no classifier that can be reused")
+    arch = f"{plain}+resnet8x4" if reusing else plain
+    started = models.build(arch, 7)
+    before = {key: value.clone() for key, value in started.state_dict().items()}
+    checkpoint.start(started, str(tmp_path / "x.pth"), arch)
+    fresh = models.own_weights(arch, "small")
+    assert fresh and all(value.equal(before[key]) for key, value in started.state_dict().items() if key in fresh)
+    taken = {key: value for key, value in started.state_dict().items() if key not in fresh}
+    assert len(taken) > 50 and all(value.equal(made.state_dict()[key]) for key, value in taken.items())
+
+
+def test_a_start_of_another_stem(tmp_path):
+    """Its first convolution starts anew, as that of ImageNet's weights under the stem for small images."""
+    checkpoint.save(models.build("student", 4), tmp_path / "x.pth", {**ABOUT, "network": "student"})
+    started = models.build("resnet18", 4, "standard")
+    before = started.conv1.weight.clone()
+    checkpoint.start(started, str(tmp_path / "x.pth"), "resnet18", "standard")
+    assert started.conv1.weight.equal(before)
+    with pytest.raises(UserError, match="holds a student, not a ResNet-50"):
+        checkpoint.start(models.build("teacher", 4), str(tmp_path / "x.pth"))
+
+
+def test_feature_terms_beside_any_loss(script, small, light, tmp_path):
+    for flags in (["--beta", 0.5], ["--gamma", 0.1]):
+        ran = script("train_distillation.py", "--loss", "dkd", *flags, *light, *small, "--epochs", 1)
+        assert ran.code == 0, ran.err
+        assert {"--beta": "mse ", "--gamma": "s2t "}[flags[0]] in ran.err
+    names = {path.stem for path in (tmp_path / "checkpoints" / "folder").glob("*.pth")}
+    assert names == {"dkd_alpha0.7_beta0.5_resnet20_resnet20", "dkd_alpha0.7_gamma0.1_resnet20_resnet20"}
+    few = [*small, "--epochs", 1, "--alpha", 0.5]
+    assert script("train_distillation.py", "--loss", "kd", "--beta", 1, *light[:4], "--loss", "kd", *few).code == 0

@@ -25,6 +25,8 @@ import torchvision
 from test_runstate import mutations
 
 import checkpoint
+import library_models
+import models
 from models import TITLES, build
 from util import files, runstate
 from util.runtime import UserError
@@ -365,7 +367,6 @@ def test_not_a_state_dict(tmp_path, value, seal):
         ("teacher", "student", "holds a ResNet-50, not the ResNet-18 needed"),
         ("student", "teacher", "holds a ResNet-18, not the ResNet-50"),
         ("student", "feature_student", "holds a ResNet-18, not the ResNet-18 with a projector"),
-        ("feature_student", "student", "holds a ResNet-18 with a projector, not the ResNet-18 needed"),
     ],
 )
 def test_another_architecture(saved, holds, needed, message):
@@ -559,14 +560,71 @@ def test_of_several_networks_the_one_that_fits_is_taken(tmp_path, names, content
     state = teacher if taken == "teacher" else student
     assert reads_as(tmp_path / "x.pth", content(student, teacher), state, kind)
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "several sets of weights" in err and re.search(f": taking {taken}$", err)
+    assert (
+        err.count("\n") == 1
+        and "several sets of weights" in err
+        and re.search(f": taking {taken}; --weights_key NAME", err)
+    )
 
 
 def test_of_several_networks_none_is_guessed(tmp_path, names):
     torch.save({"one": names["student"], "two\n": names["student"]}, tmp_path / "x.pth")
-    with pytest.raises(UserError, match="holds several sets of weights") as error:
+    with pytest.raises(
+        UserError, match="holds several sets of weights .*: choose one with --weights_key NAME"
+    ) as error:
         read(tmp_path / "x.pth", "student")
     assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("key, taken", [("ema", 1), ("ema.module", 1), ("state_dict", 0), ("module", 0), ("no", None)])
+def test_the_set_of_weights_that_is_asked_for(tmp_path, key, taken, capsys):
+    states = [build("resnet20", 4).state_dict() for _ in range(2)]
+    torch.save(
+        {"state_dict": prefixed(states[0], "module."), "ema": prefixed(states[1], "module.")}, tmp_path / "x.pth"
+    )
+    if taken is None:
+        with pytest.raises(UserError, match=f"--weights_key {key}: .* state_dict.module, ema.module"):
+            checkpoint.read(tmp_path / "x.pth", HINT, "resnet20", key)
+        return
+    state, _ = checkpoint.read(tmp_path / "x.pth", HINT, "resnet20", key)
+    assert state.keys() == states[taken].keys() and state["fc.weight"].equal(states[taken]["fc.weight"])
+    assert "taking " in capsys.readouterr().err
+
+
+def renamed(state, body, head, last="fc."):
+    """The state_dict with other names: a prefix of the body, and the last layer's."""
+    return {head + k.removeprefix(last) if k.startswith(last) else body + k: v for k, v in state.items()}
+
+
+@pytest.mark.parametrize(
+    "name, other, last",
+    [
+        ("resnet20", "resnet56", "fc."),
+        ("resnet56", "resnet20", "fc."),
+        ("wrn_16_2", "vgg8", "fc."),
+        ("resnet34", "mobilenet_v2", "fc."),
+        ("mobilenet_v3_small", "resnet18", "classifier.3."),
+        ("squeezenet1_1", "resnet18", "classifier.1."),
+        ("student", "teacher", "fc."),
+    ],
+)
+def test_a_network_is_found_by_its_names(tmp_path, name, other, last, capsys):
+    """Whatever lies around it: of mdistiller, mmpretrain, lightning, and a classifier of one's own."""
+    state, others = (
+        library_models.layers(kind, 4, "standard").state_dict()
+        if kind in library_models.names() and kind not in models.ROWS_OWN
+        else build(kind, 4).state_dict()
+        for kind in (name, other)
+    )
+    both = {**prefixed(state, "module.student."), **prefixed(others, "module.teacher.")}
+    for content in (
+        {"model": both, "epoch": 3},
+        {"meta": {"epoch": 3}, "state_dict": renamed(state, "backbone.", "head.fc.", last)},
+        {"state_dict": {**prefixed(state, "model."), **prefixed(others, "teacher.")}, "epoch": 3},
+        {"state_dict": renamed(state, "net.backbone.", "net.classification_head.", last)},
+        renamed(state, "", "linear.", last),
+    ):
+        assert reads_as(tmp_path / "x.pth", content, state, name), capsys.readouterr().err
 
 
 def with_counters(state):
