@@ -79,7 +79,8 @@ class Dataset:
     """A data set, with the statistics of its training images' channels, pixels taken as 0 to 1.
 
     train: None where there are none, to test alone. val: training images that are held out (`holding_out`); they are
-    none of train's. measured: the fingerprints where they are known already, as of streamed images.
+    none of train's. measured: the fingerprints where they are known already, as of streamed images. official_order: the
+    indices of the test images in the order of CIFAR's official files, int64 (N,); None where these were not read.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Dataset:
     std: Statistics
     val: Split | None = None
     measured: Fingerprints | None = None
+    official_order: torch.Tensor | None = None
 
     @property
     def num_classes(self) -> int:
@@ -495,7 +497,9 @@ def _cifar(name: str, data_dir: Path) -> Dataset:
         _download_cifar(name, data_dir)
         parts = cifar.read(kind, data_dir)
     train, test = (Split(torch.from_numpy(parts[part].images), torch.from_numpy(parts[part].labels)) for part in parts)
-    return _dataset(name, train, test, kind.classes)
+    places = parts["test"].places
+    dataset = _dataset(name, train, test, kind.classes)
+    return dataset if places is None else dataclasses.replace(dataset, official_order=torch.from_numpy(places))
 
 
 def _download_cifar(name: str, data_dir: Path) -> None:

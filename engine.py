@@ -323,13 +323,16 @@ def _check_finite(loss: float, trained: torch.nn.Module, epoch: int) -> None:
         raise Diverged(f"training diverged in epoch {epoch + 1}: the loss is {loss}; try a smaller --learning_rate")
 
 
-def evaluate(network: torch.nn.Module, batches: Batches, runtime: Runtime) -> Figures:
+def evaluate(
+    network: torch.nn.Module, batches: Batches, runtime: Runtime, order: torch.Tensor | None = None
+) -> Figures:
     """Figures of the network on the images of `batches`, which must be in order: no shuffling, no augmentation.
 
+    order: the images' official order, int64 (N,) on the CPU, for test_loss; None for that of `batches`.
     top1, top5: percent. mean_ce: the plain mean of the cross-entropy over the images, in nats. test_loss: the sum over
     batches of 256 images of each batch's mean cross-entropy, divided by the number of images; whatever the size of
     `batches`. images: how many there were. With fewer than five classes top5 is 100. correct: a bit for each image in
-    order, whether its class is the best, packed by numpy.packbits and written in base64.
+    order, whether its class is the best, packed by numpy.packbits and written in base64. order: "official", if given.
     """
     network = folded(network).to(runtime.device)
     # For each image its cross-entropy, and whether its class is the best and among the best five. Each process fills in
@@ -344,11 +347,13 @@ def evaluate(network: torch.nn.Module, batches: Batches, runtime: Runtime) -> Fi
             figures[batch.index] = torch.stack([losses, hits[:, 0], hits.any(1)], dim=1).to(wide)
     runtime.processes.all_reduce_sum(figures)
     per_image, top1, top5 = figures.cpu().double().unbind(1)
+    in_order = per_image if order is None else per_image[order]
     return {
         "top1": 100 * top1.mean().item(),
         "top5": 100 * top5.mean().item(),
-        "test_loss": sum(part.mean().item() for part in per_image.split(TEST_LOSS_BATCH)) / len(per_image),
+        "test_loss": sum(part.mean().item() for part in in_order.split(TEST_LOSS_BATCH)) / len(per_image),
         "mean_ce": per_image.mean().item(),
         "images": len(per_image),
         "correct": base64.b64encode(numpy.packbits(top1.bool().numpy())).decode(),
+        **({} if order is None else {"order": "official"}),
     }

@@ -708,7 +708,8 @@ def evaluate(
     network: nn.Module, dataset: Dataset, runtime: Runtime, normalisation: Normalisation | None = None
 ) -> engine.Figures:
     """engine.evaluate on the data set's test images, normalised so, or else as the data set is."""
-    return engine.evaluate(network, in_order(dataset.test, dataset, runtime, normalisation), runtime)
+    batches = in_order(dataset.test, dataset, runtime, normalisation)
+    return engine.evaluate(network, batches, runtime, dataset.official_order)
 
 
 def in_order(split: Split, dataset: Dataset, runtime: Runtime, normalisation: Normalisation | None = None) -> Batches:

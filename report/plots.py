@@ -169,9 +169,10 @@ def _top1_legend(rows: Rows, shown: Interval) -> list:
     if not all(several):
         label = "one run, 95 % interval over test images (Wilson)"
         handles.append(Line2D([], [], marker="o", linewidth=1.2, label=label, **grey))
-    epochs = [str(RECIPES[name].epochs) for name in rows if _reference(rows, name) is not None]
+    references = {name: _reference(rows, name) for name in rows}
+    epochs = {RECIPES[name].epochs for name, top1 in references.items() if top1 and shown[0] <= top1 <= shown[1]}
     if epochs:
-        label = f"reference, {' or '.join(dict.fromkeys(epochs))} epochs, one run"
+        label = f"reference, {' or '.join(map(str, sorted(epochs)))} epochs, one run"
         look = {"color": "white", "markeredgecolor": "black"}
         handles.append(Line2D([], [], marker="D", linestyle="", label=label, **look))
     return handles

@@ -142,10 +142,14 @@ class _Test(TypedDict):
 
 
 class Test(_Test, total=False):
-    """The figures of the test. correct: base64 of numpy.packbits over the test images in order."""
+    """The figures of the test. correct: base64 of numpy.packbits over the test images in order.
+
+    order: "official" if test_loss is of the images in the order of CIFAR's official files.
+    """
 
     images: int
     correct: str
+    order: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -467,7 +471,8 @@ def length(rows: Rows) -> str:
     names = rows.students or list(rows)
     epochs = dict.fromkeys(epochs_of(run) for name in names for run in rows[name].values())
     least, most = min(len(rows[name]) for name in names), max(len(rows[name]) for name in names)
-    seeds = f"{most} seed{'s' * (most > 1)}" if least == most else f"{least} to {most} seeds"
+    several = f"{least} {'or' if most == least + 1 else 'to'} {most} seeds"
+    seeds = several if least < most else f"{most} seed{'s' * (most > 1)}"
     return f"{' or '.join(sorted(epochs, key=lambda text: int(text.split()[0])))} epochs, {seeds}"
 
 

@@ -258,6 +258,17 @@ def test_cifar100_is_the_same_from_any_copy(layout, tmp_path, monkeypatch, capfd
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_official_files_order_is_known_where_these_are_read(layout, tmp_path, monkeypatch):
+    fits = write_cifar100(tmp_path, layout=layout, order=2)
+    monkeypatch.setitem(cifar.KINDS, "cifar100", fits)
+    test, order = (loaded := data.load("cifar100", tmp_path)).test, loaded.official_order
+    if layout in ("png", "png_below", "parquet"):
+        assert order is None
+        return
+    assert test.labels[order].tolist() == np.random.default_rng(2).permutation(100).tolist()  # an image of each class
+
+
 def test_cifar100s_images_are_planes_of_red_green_and_blue(tmp_path, monkeypatch):
     monkeypatch.setitem(cifar.KINDS, "cifar100", write_cifar100(tmp_path, 100, 100))
     loaded = data.load("cifar100", tmp_path)

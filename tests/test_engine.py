@@ -134,6 +134,20 @@ def test_evaluate(digits, cpu, scaled_like_trained, batch_size):
     assert figures["mean_ce"] / 297 * 2 != pytest.approx(figures["test_loss"], rel=1e-4)
 
 
+def test_the_test_loss_is_of_the_official_order(digits, cpu, scaled_like_trained):
+    """The images of the short last batch weigh more; nothing else depends on the order."""
+    network, order = scaled_like_trained(student()), torch.arange(297).flip(0)
+    inference = {"mean": digits.mean, "std": digits.std, "batch_size": 100, "device": CPU}
+    as_given = engine.evaluate(network, Batches(digits.test, **inference), cpu)
+    ordered = engine.evaluate(network, Batches(digits.test, **inference), cpu, order)
+    turned = Split(digits.test.images[order], digits.test.labels[order])
+    expected = engine.evaluate(network, Batches(turned, **inference), cpu)
+    assert (
+        ordered["test_loss"] == pytest.approx(expected["test_loss"]) != pytest.approx(as_given["test_loss"], rel=1e-5)
+    )
+    assert ordered | {"test_loss": 0} == as_given | {"test_loss": 0, "order": "official"}
+
+
 class Fixed(models.CifarResNet):
     """Gives the logits that it is told, whatever the images."""
 

@@ -839,6 +839,24 @@ def drawn(monkeypatch):
     return lambda: {text.get_text() for text in found}
 
 
+@pytest.mark.parametrize(
+    "official, dataset, words",
+    [
+        ((True, True), "cifar100", "by about 1 %; it is the official files'.\n"),
+        ((True, False), "cifar100", "by about 1 %; it is not the official files' order of distillation.\n"),
+        ((False, False), "cifar100", "by about 1 %; it is not the official files' order.\n"),
+        ((False, False), "folder", "by about 1 %.\n"),
+    ],
+)
+def test_the_order_behind_a_test_loss_is_told(tmp_path, official, dataset, words):
+    for job, ordered in zip((STUDENT, KD), official, strict=True):
+        path = put(tmp_path, job, 59.0, dataset=dataset)
+        run = json.loads(path.read_text())
+        run["test"] |= {"order": "official"} if ordered else {}
+        path.write_text(json.dumps(run))
+    assert words in report_text(tmp_path)
+
+
 def test_a_teacher_without_a_row_is_drawn(tmp_path, monkeypatch):
     put(tmp_path, STUDENT, 59.0, dataset="folder")
     put(tmp_path, KD, 60.0, dataset="folder", teacher_top1=60.5)

@@ -84,11 +84,15 @@ KINDS = {
 
 
 class Part(NamedTuple):
-    """images: uint8 (N, 32, 32, 3), contiguous; labels: int64 (N,); official: whether it is so by the files' md5."""
+    """images: uint8 (N, 32, 32, 3), contiguous; labels: int64 (N,); official: whether it is so by the files' md5.
+
+    places: of each image, in the order of the official files, its index here; None for a copy in another form.
+    """
 
     images: np.ndarray
     labels: np.ndarray
     official: bool = False
+    places: np.ndarray | None = None
 
 
 class Damaged(Exception):
@@ -188,7 +192,8 @@ def _part(kind: Cifar, contents: Files) -> Part:
     images, labels = zip(*(_arrays(kind, name, content) for name, content in contents.items()), strict=True)
     md5s = {name: hashlib.md5(content, usedforsecurity=False).hexdigest() for name, content in contents.items()}
     official = kind.md5s is not None and all(kind.md5s.get(name) == md5 for name, md5 in md5s.items())
-    return Part(np.concatenate(images), np.concatenate(labels), official)
+    labels = np.concatenate(labels)
+    return Part(np.concatenate(images), labels, official, np.arange(len(labels)))
 
 
 def _arrays(kind: Cifar, name: str, content: bytes) -> tuple[np.ndarray, np.ndarray]:
@@ -313,7 +318,8 @@ def _checked(kind: Cifar, place: Path, parts: dict[str, Part]) -> dict[str, Part
 
 def _in_order(content: Part, digests: list[bytes]) -> Part:
     order = sorted(range(len(digests)), key=digests.__getitem__)
-    return Part(np.ascontiguousarray(content.images[order]), content.labels[order], content.official)
+    places = None if content.places is None else np.argsort(order)
+    return Part(np.ascontiguousarray(content.images[order]), content.labels[order], content.official, places)
 
 
 def _digests(images: np.ndarray, labels: np.ndarray) -> list[bytes]:
