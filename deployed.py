@@ -25,12 +25,14 @@ import jobs
 from data import Dataset, Split
 from models import FeatureStudent, folded
 from recipes import Recipe
-from util.images import ImageFiles
+from util.images import ImageFiles, columns_first
 from util.runtime import UserError, choose, inference_batch, is_out_of_memory
 
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "safetensors": ".safetensors"}
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch": (), "safetensors": ("safetensors",)}
 LOBES = 3  # of Pillow's Lanczos filter, on either side
+PREPARE = "prepare."  # begins the names of the nodes in an ONNX file that scale and normalise the images
+AXES = ("batch", "height", "width")  # of an export's images, which can have any size
 TINY = 1e-7  # whose sinc is 1
 CALIBRATION_IMAGES = 512  # that the ranges of an int8 model's activations are measured on
 CALIBRATION_BATCH = 32
@@ -67,10 +69,9 @@ def told_of(recipe: Recipe, trained: jobs.Trained, dataset: Dataset) -> About:
 class Preparation(nn.Module):
     """uint8 (N, H, W, 3) to the network's input, float32 (N, 3, size, size): scaled, cut to a square, normalised.
 
-    As util.images.read_image does it with Pillow: Lanczos over the largest square around the centre, along the rows and
-    then the columns, each time rounded to whole grey values. An image that has the size already stays as it is. In
-    others a value differs by one now and then; and in images more than half as high again as wide, which newer versions
-    of Pillow scale along the columns first, by a few at sharp edges.
+    The scaling is that of util.images.scaled: Lanczos over the largest square around the centre, one pass along the
+    rows and one along the columns, in the same order, each rounded to whole grey values. An image of the right size
+    keeps its values. In others a value differs by one now and then, where it lies between two whole ones.
     """
 
     def __init__(self, size: int, mean: tuple[float, ...], std: tuple[float, ...]):
@@ -82,20 +83,31 @@ class Preparation(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         height, width = images.shape[1:3]
         side = torch.sym_min(height, width)
+        weights = self._weights(width, side).T, self._weights(height, side)
+        # A graph has both branches, since the order depends on the image's shape.
         pixels = images.permute(0, 3, 1, 2).float()
-        pixels = _whole(pixels @ self._weights(width, side).T)
-        pixels = _whole(self._weights(height, side) @ pixels)
+        pixels = torch.cond(columns_first(height, width, self.size), _columns_first, _rows_first, (pixels, *weights))
         return (pixels / 255 - self.mean) / self.std
 
     def _weights(self, length: int, side: int) -> torch.Tensor:
         """How much of each pixel of a row is in each of the scaled one's: float32 (size, length)."""
-        scale, device = side / self.size, self.mean.device
-        centres = (length - side) / 2 + (torch.arange(self.size, dtype=torch.float32, device=device) + 0.5) * scale
-        pixels = torch.arange(length, dtype=torch.float32, device=device) + 0.5
-        x = (pixels - centres[:, None]) / torch.sym_max(scale, 1.0)  # wider where the image shrinks, against aliasing
+        # Twice the distances times the size are whole numbers, which float32 holds exactly.
+        device = self.mean.device
+        pixels = (2 * torch.arange(length, dtype=torch.float32, device=device) + 1 - (length - side)) * self.size
+        centres = (2 * torch.arange(self.size, dtype=torch.float32, device=device) + 1) * side
+        # The filter is wider where the image shrinks, against aliasing.
+        x = (pixels - centres[:, None]) / (2 * torch.sym_max(side, self.size))
         x = torch.where(x == 0, TINY, x)  # of sinc's own 0 / 0 the NaN, though not used, would upset a calibration
         weights = torch.where(x.abs() < LOBES, torch.sinc(x) * torch.sinc(x / LOBES), 0.0)
         return weights / weights.sum(1, keepdim=True)
+
+
+def _rows_first(pixels: torch.Tensor, of_rows: torch.Tensor, of_columns: torch.Tensor) -> torch.Tensor:
+    return _whole(of_columns @ _whole(pixels @ of_rows))
+
+
+def _columns_first(pixels: torch.Tensor, of_rows: torch.Tensor, of_columns: torch.Tensor) -> torch.Tensor:
+    return _whole(_whole(of_columns @ pixels) @ of_rows)
 
 
 def _whole(pixels: torch.Tensor) -> torch.Tensor:
@@ -167,24 +179,51 @@ def _quiet() -> Iterator[None]:
 
 
 def _program(model: Deployed) -> torch.export.ExportedProgram:
-    sizes = {"images": {axis: torch.export.Dim(name) for axis, name in enumerate(("batch", "height", "width"))}}
+    sizes = {"images": {axis: torch.export.Dim(name) for axis, name in enumerate(AXES)}}
     return torch.export.export(model, (torch.zeros(2, 37, 41, 3, dtype=torch.uint8),), dynamic_shapes=sizes)
 
 
 def _onnx(program: torch.export.ExportedProgram, about: About) -> bytes:
-    names = {"input_names": ["images"], "output_names": ["logits"]}
-    model = torch.onnx.export(program, (), dynamo=True, verbose=False, **names).model_proto
+    ends = {"input_names": ["images"], "output_names": ["logits"]}
+    model = torch.onnx.export(program, (), dynamo=True, verbose=False, **ends).model_proto
     model.doc_string = "images: uint8 (N, H, W, 3), RGB, of any size; logits: float32 (N, classes)"
+    numbered = [dim.dim_param for dim in model.graph.input[0].type.tensor_type.shape.dim]
+    names = dict(zip(numbered, AXES, strict=False))
+    for graph in _graphs(model.graph):
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            for dim in value.type.tensor_type.shape.dim:
+                if dim.dim_param in names:
+                    dim.dim_param = names[dim.dim_param]
+        for node in graph.node:
+            if not _is_of_the_network(node):
+                node.name = f"{PREPARE}{node.name}"
+            del node.metadata_props[:]  # paths of this machine, and more than half of a small network's file
     return _with_metadata(model, about)
 
 
+def _graphs(graph: Any) -> Iterator[Any]:
+    """The ONNX graph and the branches in it."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _graphs(attribute.g)
+
+
 def _with_metadata(model: Any, about: About) -> bytes:
+    """The model's bytes, with what is told of it and the lowest IR version, which older runtimes ask for, too."""
+    from onnx.helper import find_min_ir_version_for
+
     for key, value in checkpoint.to_metadata(about).items():
         model.metadata_props.add(key=key, value=value)
+    model.ir_version = find_min_ir_version_for(model.opset_import, ignore_unknown=True)
     return model.SerializeToString()
 
 
 def _pt2(program: torch.export.ExportedProgram, about: About) -> bytes:
+    for module in program.graph_module.modules():
+        for node in getattr(module, "graph", torch.fx.Graph()).nodes:
+            node.meta.pop("stack_trace", None)  # has paths of this machine
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files={checkpoint.ABOUT: json.dumps(about)})
     return buffer.getvalue()
@@ -205,11 +244,13 @@ def quantised(model: bytes, split: Split, about: About) -> bytes:
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_static
+    from onnxscript import ir
 
     number = min(len(split.labels), CALIBRATION_IMAGES)
     index = torch.linspace(0, len(split.labels) - 1, number).long()  # image files come sorted by class
     proto = onnx.load_from_string(model)
-    prepares = [node.name for node in proto.graph.node if not _is_of_the_network(node)]
+    nodes = [node.name for graph in _graphs(proto.graph) for node in graph.node]
+    prepares = [name for name in nodes if name.startswith(PREPARE)]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "int8.onnx")
         images = _Calibration(pieces(split, index.split(CALIBRATION_BATCH)))
@@ -219,7 +260,9 @@ def quantised(model: bytes, split: Split, about: About) -> bytes:
         options["reduce_range"] = True
         with _quiet():  # it advises to fold batch norms and infer shapes, which is done already
             quantize_static(proto, path, images, nodes_to_exclude=prepares, **options)
-        proto = onnx.load(path)
+        whole = ir.load(path)
+    whole.graph.sort()  # onnxruntime's own order overlooks what a branch takes from around it
+    proto = ir.to_proto(whole)
     del proto.metadata_props[:]
     return _with_metadata(proto, about)
 

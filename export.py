@@ -5,13 +5,18 @@
     python export.py --model_job student --format torch          # a program of torch.export, .pt2
     python export.py --model_job student --format safetensors    # the bare weights
 
-Before it is written, a file is opened as its users would open it, and compared with the checkpoint on the test images.
+Before it is written, a file is opened as its users would open it, and compared with the checkpoint on the test images
+and with predict.py on whole photos.
 """
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 import cli
 import data
@@ -19,10 +24,16 @@ import deployed
 import jobs
 from recipes import RECIPES
 from util import files, runtime
+from util.images import scaled
 from util.runtime import UserError, say
 
 COMPARED = 256  # test images on which the logits are compared
 TOLERANCE = 1e-4  # of the logits, as a share of the largest where that is above 1
+# Heights and widths, as multiples of the network's image size, of the photos that a file is tried on: portraits and
+# landscapes, which Pillow scales in different orders, a strip, and smaller ones.
+PHOTOS = [(1.33, 1), (2.7, 2), (3, 1.5), (2, 2.7), (1.1, 3.1), (9, 0.7), (0.6, 0.45), (0.3, 0.9)]
+GREY = 2  # levels that a scaled value may differ by: rounding costs 1, seldom 2; passes in the wrong order 4 and more
+POINTS = 1.0  # that a probability may differ by
 
 
 def main() -> None:
@@ -67,6 +78,8 @@ def main() -> None:
     if args.int8:
         content = deployed.quantised(content, dataset.train, about)
         print(f"int8: {_figures(content, _logits(content, suffix, dataset.test), dataset.test)}")
+    if suffix != ".safetensors":  # which has no scaling
+        print(_tried_on_photos(content, suffix, about))
     with files.replacing(out, new=not args.overwrite) as file:
         file.write(content)
     say(f"{out}: written; it takes uint8 RGB images (N, H, W, 3)" if suffix != ".safetensors" else f"{out}: written")
@@ -74,10 +87,44 @@ def main() -> None:
 
 def _logits(content: bytes, suffix: str, split: data.Split) -> torch.Tensor:
     """What the file of that content gives for all images of the split."""
+    with _opened(content, suffix) as classify:
+        return deployed.logits_of(classify, split)
+
+
+@contextmanager
+def _opened(content: bytes, suffix: str) -> Iterator[deployed.Classify]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"model{suffix}")
         path.write_bytes(content)
-        return deployed.logits_of(deployed.opened(path, "cpu", trust=True).classify, split)
+        yield deployed.opened(path, "cpu", trust=True).classify
+
+
+def _tried_on_photos(content: bytes, suffix: str, about: deployed.About) -> str:
+    """Compare whole photos given to the file with the same photos as predict.py scales them, and say the result.
+
+    Raises UserError where they differ by more than rounding.
+    """
+    size, random, grey, points = about["image_size"], np.random.default_rng(0), 0.0, 0.0
+    prepare = deployed.Preparation(size, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    with _opened(content, suffix) as classify:
+        for height, width in PHOTOS:
+            photo = _photo(max(1, round(height * size)), max(1, round(width * size)), random)
+            whole, square = (torch.from_numpy(np.array(image))[None] for image in (photo, scaled(photo, size)))
+            difference = 255 * prepare(whole) - square.permute(0, 3, 1, 2)
+            grey = max(grey, difference.abs().max().item())
+            probabilities = classify(whole).softmax(1) - classify(square).softmax(1)
+            points = max(points, 100 * probabilities.abs().max().item())
+    told = f"within {grey:.0f} grey levels and {points:.2f} points of probability of predict.py's"
+    if not (grey < GREY + 0.5 and points <= POINTS):
+        raise UserError(f"whole photos are not {told}: nothing was written")
+    return f"whole photos: {told}"
+
+
+def _photo(height: int, width: int, random: np.random.Generator) -> Image.Image:
+    """Smooth areas with fine noise, in RGB."""
+    small = Image.fromarray(random.integers(0, 256, (height // 6 + 2, width // 6 + 2, 3), dtype=np.uint8))
+    noise = random.integers(-20, 21, (height, width, 3))
+    return Image.fromarray((np.asarray(small.resize((width, height))) + noise).clip(0, 255).astype(np.uint8))
 
 
 def _compared(logits: torch.Tensor, expected: torch.Tensor, form: str) -> float:

@@ -7,8 +7,10 @@ import zipfile
 
 import as_processes
 import numpy as np
+import PIL
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image, ImageOps
 
 import checkpoint
@@ -19,7 +21,7 @@ import measures
 import models
 from recipes import RECIPES
 from report import results
-from util import files
+from util import files, images
 from util.runtime import UserError
 
 NEEDED = {"onnx": ["onnx", "onnxscript", "onnxruntime"], "torch": [], "safetensors": ["safetensors"]}
@@ -130,18 +132,21 @@ def test_an_export_is_the_checkpoint(script, student, digits, tmp_path, form, su
     assert about["classes"] == list("0123456789") and about["image_size"] == 8 and about["job"] == "distillation_LDH6"
     assert (about["mean"], about["std"]) == (list(digits.mean), list(digits.std)) and about["network"] == "student"
     before = out.read_bytes()
-    assert b"proj.weight" not in before
+    assert b"proj.weight" not in before and str(ROOT).encode() not in before
     refused(export(script, student, form, out), str(out), "--overwrite")
     assert out.read_bytes() == before
+    if form == "onnx":
+        a_model_for_older_runtimes(out)
     if form == "safetensors":  # is a checkpoint itself
         ran = script("test.py", "--model_job", "student", "--checkpoint", out, *DIGITS)
         assert top1s(ran) == pytest.approx([student[1]])
     else:
         opened = deployed.opened(out, "cpu", trust=True)
         model = deployed.Deployed(jobs.load(RECIPES["distillation_LDH6"], student[0]).network, about)
-        for shape in ((1, 8, 8, 3), (3, 31, 50, 3), (1, 1, 70, 3)):
+        for shape in ((1, 8, 8, 3), (3, 31, 50, 3), (2, 50, 31, 3), (1, 70, 20, 3), (1, 1, 70, 3)):
             images = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-            assert torch.allclose(opened.classify(images), model(images), atol=1e-4)
+            # A value that lies between two grey levels may be rounded either way.
+            assert torch.allclose(opened.classify(images), model(images), atol=1e-2)
 
 
 @pytest.mark.parametrize("form", ["onnx", "torch", "safetensors"])
@@ -161,14 +166,29 @@ def test_an_export_predicts_as_the_checkpoint_does(script, student, digits, tmp_
         refused(script("predict.py", "--model", out, shown), "could run code", "--trust_pt2")
 
 
-def test_int8(script, student, tmp_path):
+def test_int8(script, student, digits, tmp_path):
     for package in NEEDED["onnx"]:
         pytest.importorskip(package)
     out = tmp_path / "student.onnx"
     whole, exported, int8 = top1s(export(script, student, "onnx", out, "--int8"))
-    assert whole == exported and abs(int8 - whole) <= 1
+    # 3 of the 297 images changed their class (1.01 points); with other kernels or processors others will.
+    assert whole == exported and abs(int8 - whole) <= 4
     import onnx
+    import onnxruntime
 
+    def logits(optimised):
+        levels = onnxruntime.GraphOptimizationLevel
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
+        session = onnxruntime.InferenceSession(out, options, providers=["CPUExecutionProvider"])
+        return torch.from_numpy(session.run(None, {"images": digits.test.images.numpy()})[0])
+
+    # Unoptimised, each operator is computed in float, on the very weights and activations that int8 stands for: the
+    # integer kernels differ from it by 0.003, and it from fp32 by 0.026.
+    kernels, floats = logits(True), logits(False)
+    network = jobs.load(RECIPES["distillation_LDH6"], student[0])
+    plain = deployed.Deployed(network.network, told(out))(digits.test.images)
+    assert (kernels - floats).norm() < 0.02 * floats.norm() and (floats - plain).norm() < 0.1 * plain.norm()
     graph = onnx.load(out).graph
     weights = [onnx.numpy_helper.to_array(kept) for kept in graph.initializer if kept.name.endswith("weight_quantized")]
     assert weights and all(abs(kept.astype(int)).max() <= 64 for kept in weights)
@@ -177,22 +197,39 @@ def test_int8(script, student, tmp_path):
     kinds = {node.op_type for node in nodes if made_int8 & set(node.input)}
     assert "Conv" in kinds and "Gemm" in kinds and not kinds & {"MatMul", "Sin"}  # the images are scaled in fp32
     assert told(out)["classes"] == list("0123456789")
+    a_model_for_older_runtimes(out)
 
 
-@pytest.mark.parametrize("shape", [(32, 32), (224, 300), (500, 90), (20, 17), (1, 40), (1, 1), (700, 700)])
+def a_model_for_older_runtimes(path):
+    """Names of the axes, the lowest IR version of its operators, and no more than that version has."""
+    import onnx
+
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    assert model.ir_version == onnx.helper.find_min_ir_version_for(model.opset_import)
+    ends = (*model.graph.input, *model.graph.output)
+    axes = [[dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in ends]
+    assert axes == [["batch", "height", "width", 3], ["batch", 10]]
+    assert not any(node.metadata_props for node in model.graph.node)  # of IR version 10
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(32, 32), (224, 300), (300, 224), (41, 33), (500, 90), (46, 32), (20, 17), (1, 40), (40, 1), (1, 1), (700, 700)],
+)
 def test_images_are_prepared_as_in_training(shape):
     rng = np.random.default_rng(0)
     small = Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8))
     noise = rng.integers(-40, 41, (*shape, 3))
-    pixels = (np.asarray(small.resize(shape[::-1])) + noise).clip(0, 255).astype(np.uint8)
-    expected = np.asarray(ImageOps.fit(Image.fromarray(pixels), (32, 32), Image.Resampling.LANCZOS)).astype(int)
+    photo = Image.fromarray((np.asarray(small.resize(shape[::-1])) + noise).clip(0, 255).astype(np.uint8))
+    expected = np.asarray(images.scaled(photo, 32)).astype(int)
+    if int(PIL.__version__.partition(".")[0]) >= 13:  # before, the rows always came first
+        assert (expected == np.asarray(ImageOps.fit(photo, (32, 32), Image.Resampling.LANCZOS))).all()
     prepare = deployed.Preparation(32, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    prepared = 255 * prepare(torch.from_numpy(pixels)[None])[0].permute(1, 2, 0).double().numpy()
+    prepared = 255 * prepare(torch.from_numpy(np.array(photo))[None])[0].permute(1, 2, 0).double().numpy()
     difference = np.abs(prepared - expected)
-    if shape[0] > 1.5 * shape[1]:  # whose passes Pillow may do the other way round
-        assert difference.max() <= 8 and difference.mean() < 0.3
-    else:
-        assert difference.max() <= (1e-4 if shape == (32, 32) else 1 + 1e-4) and (difference > 0.5).mean() < 0.01
+    # A value between two whole ones may be rounded either way, in few pixels.
+    assert difference.max() <= (1e-4 if shape == (32, 32) else 1 + 1e-4) and (difference > 0.5).mean() < 0.01
 
 
 # what is refused
@@ -240,6 +277,12 @@ def test_an_export_that_differs_is_not_written(script, student, tmp_path, monkey
     monkeypatch.setattr(deployed, "content", lambda *args: student[0].read_bytes())
     ran = export(script, student, "safetensors", tmp_path / "x.safetensors")
     assert ran.code == 2 and "differ from the checkpoint's by 1.0e-03: nothing was written" in ran.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_that_scales_photos_otherwise_is_not_written(script, student, tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "scaled", lambda image, size: image.resize((size, size)))
+    refused(export(script, student, "torch", tmp_path / "x.pt2"), "whole photos are not within")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, ImageOps, PngImagePlugin
+from PIL import Image, ImageFile, PngImagePlugin
 
 from util import files
 from util.packed import Row
@@ -324,11 +324,37 @@ def read_image(path: Path | Row, size: int) -> Image.Image:
         with Image.open(source, formats=_formats().readable) as image:
             image.load()
             rgb = _in_rgb(_in_8_bits(_upright(image)))
-        return rgb if rgb.size == (size, size) else ImageOps.fit(rgb, (size, size), Image.Resampling.LANCZOS)
+        return scaled(rgb, size)
     except Exception as error:  # Pillow's plugins raise anything
         reason = printable(str(error) or type(error).__name__).partition("\n")[0]
         reason = "no image that Pillow can read" if isinstance(error, Image.UnidentifiedImageError) else reason
         raise UserError(f"cannot read the image {printable(path)}: {reason}; mend or remove it") from None
+
+
+def scaled(image: Image.Image, size: int) -> Image.Image:
+    """Return the largest square around the image's centre, scaled to size x size (Lanczos).
+
+    The result is that of ImageOps.fit in Pillow 13. Earlier versions always scale the rows first, so here each pass is
+    a call of its own, and the pixels are the same with every version.
+    """
+    width, height = image.size
+    if width == height == size:
+        return image
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+
+    def rows(image: Image.Image) -> Image.Image:
+        return image.resize((size, image.height), Image.Resampling.LANCZOS, box=(left, 0, left + side, image.height))
+
+    def columns(image: Image.Image) -> Image.Image:
+        return image.resize((image.width, size), Image.Resampling.LANCZOS, box=(0, top, image.width, top + side))
+
+    return rows(columns(image)) if columns_first(height, width, size) else columns(rows(image))
+
+
+def columns_first(height: int, width: int, size: int) -> bool | torch.SymBool:
+    """Whether Pillow 13 scales the columns before the rows. The sizes can be symbols, of a graph that is exported."""
+    return height - size > torch.sym_max(0, 2 * (width - size))
 
 
 _TURNS = {
