@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from recipes import RECIPES
-from report.results import SETUP, Rows, otherwise
+from report.results import SETUP, Rows, marked, otherwise
 from report.statistics import (
     LEVEL,
     MARGIN,
@@ -84,9 +84,9 @@ def _beyond_facts(gains: dict[str, Comparison]) -> list[str]:
     told = [name for name, found in gains.items() if found.beyond_noise is not None]
     above = [name for name in told if gains[name].beyond_noise and gains[name].gain > 0]
     below = [name for name in told if gains[name].beyond_noise and gains[name].gain < 0]
-    others = [name for name in told if name not in above + below]
+    others = [marked(name) for name in told if name not in above + below]
     parts = {"Above the student beyond noise": above, "Below the student beyond noise": below}
-    facts = [f"{words}: {', '.join(names) or 'none'}." for words, names in parts.items()] if told else []
+    facts = [f"{words}: {', '.join(map(marked, names)) or 'none'}." for words, names in parts.items()] if told else []
     return facts + [f"Not told from the student by these test images and seeds: {', '.join(others)}."] * bool(others)
 
 
@@ -129,8 +129,9 @@ class _Question(NamedTuple):
     names: list[str]
 
 
-def _questions() -> list[_Question]:
-    """The reference's four claims."""
+def _questions(rows: Rows) -> list[_Question]:
+    """The reference's four claims; the student alone may have a name of its own."""
+    student = rows.student_of(("resnet18", "reference")) or "student"
     reference = {job: row for job, row in RECIPES.items() if row.reference}
     features = [job for job, row in reference.items() if row.network == "feature_student"]
     distilled = [job for job, row in reference.items() if row.distils]
@@ -140,13 +141,13 @@ def _questions() -> list[_Question]:
         if (row.network, row.soft) == ("student", "kd") and isinstance(row.alpha, str)
     ]
     best = "distillation_LDH6"
-    rivals = [job for job, row in reference.items() if row.network != "teacher" and job != best]
+    rivals = [student, *(job for job in distilled if job != best)]
     within = "Schedules of alpha, in KD, are within noise of a constant alpha"
     return [
-        _Question("Feature rows are above the student", "student", "above", features),
+        _Question("Feature rows are above the student", student, "above", features),
         _Question(f"{best} is the best of the students", best, "below", rivals),
         _Question(f"{within} ({MARGIN:g} points)", "distillation", "within", schedules),
-        _Question("Every distilled row is above the student", "student", "above", distilled),
+        _Question("Every distilled row is above the student", student, "above", distilled),
     ]
 
 
@@ -154,7 +155,7 @@ def claim_pairs(rows: Rows) -> list[Pair]:
     """All pairs of rows that the claims compare; without those that were trained otherwise."""
     return [
         (name, question.baseline)
-        for question in _questions()
+        for question in _questions(rows)
         for name in question.names
         if {name, question.baseline} <= rows.keys() and not _unlike(rows, name, question.baseline)
     ]
@@ -168,7 +169,7 @@ def claims(rows: Rows, judged: Judged) -> list[Claim]:
     within it. From one seed nothing counts for either: it tells of two networks, not of two methods.
     """
     found = []
-    for question in _questions():
+    for question in _questions(rows):
         compared = _compared(rows, judged, question)
         verdict = _verdict(question, list(compared.values()))
         found.append(Claim(question.text, verdict, _evidence(rows, compared, question)))
@@ -200,7 +201,7 @@ def _unlike(rows: Rows, name: str, other: str) -> list[str]:
         "batches": lambda run: run.recipe["batch_size"],
     }
     shares = [run.recipe["epochs"] / RECIPES[run.job].epochs for run in runs]
-    rounding = sum(0.5 / RECIPES[row].epochs for row in (name, other))
+    rounding = sum(0.5 / RECIPES[rows.first(row).job].epochs for row in (name, other))
     return otherwise(ours, theirs, alike) + ["epochs"] * (max(shares) - min(shares) > rounding + 1e-9)
 
 
@@ -215,7 +216,7 @@ def _evidence(rows: Rows, compared: dict[str, Comparison], question: _Question) 
             words += [f"p {p_value(found.adjusted)} after Holm", "not " * (not found.beyond_noise) + "beyond noise"]
         if question.relation == "within":
             words.append(f"{'' if found.within_margin else 'not '}surely within {MARGIN:g} points")
-        lines.append(f"{name} against {baseline}: {', '.join(words)}")
+        lines.append(f"{marked(name)} against {baseline}: {', '.join(words)}")
     missing = [name for name in names if name not in compared]
     ways = {name: _unlike(rows, name, baseline) for name in missing if name in rows and baseline in rows}
     if unlike := {name: way for name, way in ways.items() if way}:

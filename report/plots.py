@@ -37,6 +37,7 @@ NAME_OFFSETS = [
 NEAR = 24  # so near a name needs no line to its point
 
 LONGEST_NAME = 30  # characters; a longer one would leave no room for the plot
+LONGEST_TITLE = 100  # characters of a line
 ACROSS = 8  # images of a sheet
 
 
@@ -310,7 +311,11 @@ def cost_plot(suite: Suite) -> bytes:
     axes.margins(0.12)
     axes.set_xlim(0, 1.15 * max(suite.costs.values()))
     axes.grid(alpha=0.3)
-    axes.set_xlabel("\n".join(["time of a step, kd's is 1; each loss measured alone", *_noise_kinds(suite)]))
+    axes.set_xlabel(
+        "\n".join(
+            ["time of a step, kd's is 1; each loss measured alone, see benchmarks/RESULTS.md", *_noise_kinds(suite)]
+        )
+    )
     axes.set_ylabel("top-1 on the test images, %")
     for top1 in _own_teachers(suite):
         if axes.get_ylim()[0] <= top1 <= axes.get_ylim()[1]:
@@ -442,7 +447,8 @@ def _png(figure) -> bytes:
 
 def _title(rows: Rows, what: str) -> str:
     check = " (a check of the pipeline, not a result)" * rows.are_a_check
-    return _plain(f"{what}: {data_title(rows.any_run)}, {length(rows)}{check}")
+    text = f"{_cut(data_title(rows.any_run), 60)}, {length(rows)}{check}"
+    return _plain(f"{what}{': ' if len(what + text) < LONGEST_TITLE else chr(10)}{text}")
 
 
 def _marked(rows: Rows, words: str) -> str:

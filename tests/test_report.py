@@ -783,12 +783,14 @@ def test_a_student_alone_with_a_name_of_its_own_is_the_baseline(tmp_path):
     put_images(tmp_path, STUDENT, "xxxx......", name="mine")
     put_images(tmp_path, KD, "xxxxxx....")
     assert rows_of(tmp_path)[KD]["gain"].startswith("+20.00") and "did not run" not in report_text(tmp_path)
+    assert findings.claim_pairs(results.read(tmp_path)) == [(KD, "mine")]
     put_images(tmp_path, STUDENT, "xxxxx.....", name="short", epochs=5)
     put_images(tmp_path, KD, "xxxxxx....", name="kd_short", epochs=5)
     put_images(tmp_path, KD, "xxxxxxx...", name="kd_shorter", epochs=3)
     found = {name: row["gain"].partition(" ")[0] for name, row in rows_of(tmp_path).items()}
     assert found == {"mine": "", "short": "", KD: "+20.00", "kd_short": "+10.00", "kd_shorter": ""}
     assert "No student on hard labels alone was trained as it was" in report_text(tmp_path)
+    assert ("kd_short", "short") not in findings.claim_pairs(results.read(tmp_path))  # no row of the reference's
     put_images(tmp_path, STUDENT, "xxx.......")
     assert rows_of(tmp_path)["kd_short"]["gain"].startswith("+30.00")
 
