@@ -181,7 +181,7 @@ def _notes(rows: Rows, judged: Judged) -> list[str]:
     if rows.keys() & CHOSEN_BY_TEST:
         notes.append(CHOSEN_NOTE)
     if not rows.are_a_check:
-        notes.append("Which rows' original code is known, and which follow from a line of text, is told in README.")
+        notes.append("docs/losses.md says which rows follow the original code, and which a line of text.")
     return notes + _gain_notes(rows, judged) + _held_out_notes(rows) + _unlike_notes(rows) + _departure_notes(rows)
 
 

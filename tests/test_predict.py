@@ -172,14 +172,13 @@ def test_a_missing_onnxruntime_is_asked_for(script, photos, tmp_path, monkeypatc
     assert ran.code == 2 and "needs onnxruntime; pip install onnxruntime" in ran.err
 
 
-# README
+# docs/own_images.md
 
 
 def test_the_readmes_snippet_takes_a_student_elsewhere(tmp_path, monkeypatch):
     """As it stands, with no module of this project: a feature student becomes torchvision's own ResNet-18."""
-    snippets = [
-        s for s in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL) if "proj." in s
-    ]
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/own_images.md").read_text(), re.DOTALL)
+    snippets = [block for block in blocks if "proj." in block]
     assert len(snippets) == 1
     network = models.build("feature_student", 100).eval()
     checkpoint.save(network, tmp_path / "checkpoints" / "Distilled_resnet18_LDH6.pth")
