@@ -58,6 +58,8 @@ def main() -> None:
     dataset = cli.load_data(args, chosen, student.about)
     jobs.check_fit(student, dataset, path)
     jobs.check_fit(teacher, dataset, teacher_path)
+    student = jobs.settled(student, dataset, chosen, path)
+    teacher = jobs.settled(teacher, dataset, chosen, teacher_path)
 
     sides, logits = {}, {}
     for name, row, trained, file in (

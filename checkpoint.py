@@ -26,6 +26,7 @@ import torch
 from torchvision.models import get_model_weights
 from torchvision.models.vision_transformer import interpolate_embeddings
 
+import library_models
 import models
 from models import TITLES
 from util import parsed, runstate
@@ -769,6 +770,8 @@ def start(
         raise UserError(f"{path} has changed since it was checked; start again")
     if about and models.without_projector(about["network"].partition("+")[0]) != plain:
         raise UserError(f"--weights {path} holds a {about['network']}, not a {called}")
+    if about and library_models.transforms(plain) and about.get("stem", stem) != stem:
+        raise UserError(f"--weights {path} was trained with --stem {about['stem']}; give that")
     own = tuple(f"{name.rpartition('.')[0]}." for name in models.own_weights(arch, stem))
     own += tuple(name for name in models.stem_weights(plain) if _is_of_another_stem(network, state, name))
     fresh = network.state_dict()

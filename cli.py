@@ -164,8 +164,9 @@ def add_network_flags(parser: Parser) -> None:
     group.add_argument("--student_arch", type=arch, metavar="NAME", help="default: resnet18")
     add_weights_key_flag(group)
     group.add_argument(
-        "--stem", choices=["auto", "small", "standard"], default="auto",
-        help="small: without early pooling, for small images; auto: small up to 64 pixels, where the network has one",
+        "--stem", choices=["auto", "small", "standard", "transform_input"], default="auto",
+        help="small: without early pooling, for small images; auto: small up to 64 pixels, where the network has one; "
+        "transform_input: torchvision's setting of inception_v3 and googlenet with ImageNet's weights",
     )  # fmt: skip
 
 
@@ -250,6 +251,9 @@ def with_networks(recipe: Recipe, args: argparse.Namespace, teacher: Recipe | No
     """
     if teacher is None:
         _ensure_one_network(recipe, args)
+    names = (args.teacher_arch, args.student_arch, teacher and teacher.arch)
+    if args.stem == "transform_input" and not any(name and library_models.transforms(name) for name in names):
+        raise UserError("--stem transform_input: no network here has that; remove the flag")
     return of_arch(recipe, getattr(args, f"{_role(recipe)}_arch"), teacher)
 
 

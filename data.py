@@ -136,10 +136,10 @@ def held_out(split: Split, fraction: float, num_classes: int) -> tuple[Split, Sp
         )
     mask = torch.zeros(len(split.labels), dtype=torch.bool)
     mask[torch.cat(held)] = True
-    return _subset(split, (~mask).nonzero().flatten()), _subset(split, mask.nonzero().flatten())
+    return subset(split, (~mask).nonzero().flatten()), subset(split, mask.nonzero().flatten())
 
 
-def _subset(split: Split, index: torch.Tensor) -> Split:
+def subset(split: Split, index: torch.Tensor) -> Split:
     images = split.images
     return Split(images.subset(index) if isinstance(images, ImageFiles) else images[index], split.labels[index])
 

@@ -52,7 +52,7 @@ def told_of(recipe: Recipe, trained: jobs.Trained, dataset: Dataset) -> About:
     """What an export tells of the network, which `dataset` was loaded for: see checkpoint.save."""
     own = trained.about or {
         "network": recipe.built,
-        "stem": checkpoint.stem(trained.network.state_dict()) or "standard",
+        "stem": trained.stem or checkpoint.stem(trained.network.state_dict()) or "standard",
     }
     mean, std = trained.normalisation or (dataset.mean, dataset.std)
     return {

@@ -63,6 +63,7 @@ def main() -> None:
     files.ensure_writable(out.parent, "--out")
     dataset = cli.load_data(args, chosen, trained.about)
     jobs.check_fit(trained, dataset, path)
+    trained = jobs.settled(trained, dataset, chosen, path)
     if args.int8 and dataset.train is None:
         raise UserError("--int8 needs training images to measure on; give a --data_dir that has them, too")
 

@@ -16,9 +16,10 @@ from torch import nn
 
 import checkpoint
 import engine
+import library_models
 import losses
 import models
-from data import Batches, Dataset, Split
+from data import Batches, Dataset, Split, subset
 from mixing import Mixing
 from outputs import Outputs
 from recipes import RECIPES, TRAININGS, Recipe, described, milestones, warmup_epochs
@@ -51,7 +52,7 @@ class Setup:
     crop and flip of the training images, which a recipe's training may have by itself. weights: what the network starts
     from, see start_of. weights_key: the set of weights that is taken of several in a file. compile: the network that is
     trained, and a teacher that runs at every step. cuda_graphs: a step on CUDA is one CUDA graph, see util.graphs.
-    stem: of the networks, "small", "standard", or "auto", by the images' size. mode: "new", "resume" or "overwrite",
+    stem: of the networks, as models.build has it, or "auto", by the images' size. mode: "new", "resume" or "overwrite",
     see OnDisk. sync_bn: of several processes on CUDA, batch norm takes its statistics over all parts of a batch.
     tensorboard: write the figures for it, too.
     overwrites: whether --overwrite and --name are there to advise.
@@ -98,7 +99,7 @@ class Trained(NamedTuple):
 
     sha256: of the file's bytes that they are from. given: the normalisation of its images, where the user tells it.
     stem: which it was built with, where the file fits either; else None. key: of the set of weights in the file, where
-    the user tells it.
+    the user tells it. unsure: its file does not tell whether it has transform_input, see `settled`.
     """
 
     network: nn.Module
@@ -107,6 +108,7 @@ class Trained(NamedTuple):
     given: Normalisation | None = None
     stem: str | None = None
     key: str | None = None
+    unsure: bool = False
 
     @property
     def normalisation(self) -> Normalisation | None:
@@ -164,8 +166,10 @@ def identity(recipe: Recipe, setup: Setup, teacher: Teacher | None) -> dict[str,
 
 
 def stem_of(recipe: Recipe, setup: Setup) -> str:
-    """The stem of the network that is trained."""
-    return models.stem_of(recipe.built, setup.stem, setup.dataset.image_size)
+    """The stem of the network that is trained: as torchvision's for its weights where it starts from any."""
+    auto = "transform_input" if start_of(recipe, setup) not in (None, "none") else "auto"
+    stem = auto if setup.stem == "auto" else setup.stem
+    return models.stem_of(recipe.built, stem, setup.dataset.image_size)
 
 
 def start_of(recipe: Recipe, setup: Setup) -> str | None:
@@ -768,6 +772,7 @@ def load(
         kind = models.canonical(about["network"])
     holds = checkpoint.describe(state)
     told = holds.stem or (about and about.get("stem"))
+    unsure = not about and stem == "auto" and library_models.transforms(kind)
     stem = told or models.stem_of(kind, stem, image_size or 32)
     classes = len(about["classes"]) if about else checkpoint.classes_in(state, kind, stem)
     if classes is None:
@@ -776,7 +781,8 @@ def load(
         raise UserError(f"{path} is damaged: it names {classes} classes, and no weight in it is of so many; {hint}")
     network = models.build(kind, classes, stem)
     checkpoint.fill(network, kind, state, path)
-    return Trained(network, about, digest, stem=None if told or not models.has_both_stems(kind) else stem, key=key)
+    shows = told or not (models.has_both_stems(kind) or stem == "transform_input")
+    return Trained(network, about, digest, stem=None if shows else stem, key=key, unsure=unsure)
 
 
 def _how_to_make(recipe: Recipe, path: Path, dataset: str) -> str:
@@ -816,6 +822,40 @@ def check_fit(trained: Trained, dataset: Dataset, path: Path) -> None:
             raise UserError(f"{path} was trained on other classes: {theirs} stands where the data set has {ours}")
 
 
+COMPARED = 512  # training images by which transform_input is found
+
+
+def settled(trained: Trained, dataset: Dataset, runtime: Runtime, path: Path) -> Trained:
+    """The network with or without transform_input, which its file does not tell: as more training images are right.
+
+    Raises UserError where there are no training images.
+    """
+    if not trained.unsure:
+        return trained
+    name, tell = (
+        trained.network.network_name,
+        "--stem transform_input or --stem standard tells which it was trained with",
+    )
+    if dataset.train is None:
+        raise UserError(
+            f"{path} does not say whether its {name} has transform_input, as torchvision's with weights; {tell}"
+        )
+    other = models.build(name, trained.network.num_classes, "transform_input")
+    other.load_state_dict(trained.network.state_dict())
+    n = len(dataset.train.labels)
+    few = subset(dataset.train, torch.linspace(0, n - 1, min(n, COMPARED)).long())
+    batches = in_order(few, dataset, plain(runtime), trained.normalisation)
+    without, with_it = (engine.evaluate(network, batches, plain(runtime)) for network in (trained.network, other))
+    better = (with_it["top1"], -with_it["mean_ce"]) > (without["top1"], -without["mean_ce"])
+    say(
+        f"{path}: taken {'with' if better else 'without'} transform_input: of {len(few.labels)} training images "
+        f"{with_it['top1']:.1f} % are right with it, {without['top1']:.1f} % without; {tell}"
+    )
+    if not better:
+        return trained._replace(unsure=False)
+    return trained._replace(network=other, stem="transform_input", unsure=False)
+
+
 AT_CHANCE = 0.05  # of the way from guessing to being always right; a teacher below it is told of
 
 
@@ -830,6 +870,7 @@ def make_teacher(trained: Trained, path: Path, setup: Setup, cache: bool, rows: 
     if trained.about and trained.about["image_size"] != dataset.image_size:
         own, size = trained.about["image_size"], dataset.image_size
         say(f"the teacher was trained on images of {own}x{own} pixels and is shown images of {size}x{size}")
+    trained = settled(trained, dataset, setup.runtime, path)
     number, processes = int(trained.sha256[:15], 16), setup.runtime.processes
     if processes.all_reduce_max(processes.broadcast(number) != number):
         raise UserError(f"{path} has changed while the processes read it; start again")

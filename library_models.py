@@ -45,6 +45,13 @@ def surplus(name: str) -> tuple[str, ...]:
     return AUXILIARY.get(name, ())
 
 
+def transforms(name: str) -> bool:
+    """Whether torchvision builds it with transform_input for its ImageNet weights: images normalised by ImageNet's
+    statistics are brought to a mean and a standard deviation of 0.5. No state_dict tells it.
+    """
+    return name in AUXILIARY
+
+
 def has_small_stem(name: str) -> bool:
     """Whether the network can be built with a stem for small images. Raises UserError where there is none such."""
     if name.startswith(TIMM):
@@ -59,11 +66,14 @@ BN_MOMENTUM = 0.1  # PyTorch's default
 def build(name: str, num_classes: int, stem: str) -> "Library":
     """A fresh network, with random weights from torch's global generator; images (B, 3, H, W) to outputs.Outputs.
 
-    stem: "standard", the library's own, or "small", for images of 32 pixels or so: they are halved less.
+    stem: "standard", the library's own, "small", for images of 32 pixels or so: they are halved less; or
+    "transform_input", see `transforms`.
     Raises UserError for a name that isn't known, a library that isn't installed, a stem that can't be changed.
     """
     if stem == "small" and not has_small_stem(name):
         raise UserError(f"{name} has no stem for small images; use --stem standard")
+    if stem == "transform_input" and not transforms(name):
+        raise UserError(f"--stem transform_input is for {' and '.join(AUXILIARY)}, not for {name}; use another")
     make = _timm_network if name.startswith(TIMM) else _torchvision_network
     network = make(name, num_classes, stem)
     for module in network.modules():
@@ -230,11 +240,15 @@ class TracedNetwork(Library):
     def __init__(self, name: str, model: nn.Module, num_classes: int, trace: Trace):
         super().__init__()
         self.network_name, self.num_classes, self._trace = name, num_classes, trace
+        self.transform_input = getattr(model, "transform_input", False)
         self._version = model._version  # is saved with the weights, and MNASNet's asks for it
         # Not as a module within this one: its name would be in the names of all parameters.
         self._modules, self._parameters, self._buffers = model._modules, model._parameters, model._buffers
         for constant, value in trace.constants.items():
             self.register_buffer(constant, value, persistent=False)
+
+    def extra_repr(self) -> str:
+        return "transform_input=True" if self.transform_input else ""
 
     def forward(self, images: torch.Tensor) -> Outputs:
         *ends, last = self._trace.body[self.training](self, images)
@@ -255,11 +269,12 @@ class TracedNetwork(Library):
 
 def _torchvision_model(name: str, num_classes: int, stem: str) -> nn.Module:
     family = _family(name)
-    without_auxiliary = {"aux_logits": False, "init_weights": True} if name in AUXILIARY else {}
+    options = {"aux_logits": False, "init_weights": True, "transform_input": stem == "transform_input"}
+    options = options if name in AUXILIARY else {}
     device = torch.get_default_device()
     # RegNet finds its widths by computing with tensors, which those of shapes alone, on meta, don't allow.
     with torch.device("cpu" if family == "regnet" else device):
-        model = torchvision.models.get_model(name, num_classes=num_classes, **without_auxiliary).to(device)
+        model = torchvision.models.get_model(name, num_classes=num_classes, **options).to(device)
     if stem == "small":
         SMALL_STEMS[family](model)
     return model

@@ -95,8 +95,8 @@ def build(arch: str, num_classes: int, stem: str = "small") -> nn.Module:
     """A fresh network with random weights from torch's global generator.
 
     arch: a name in NETWORKS, or one of `names`, or of timm as "timm:NAME", or of two networks as "STUDENT+TEACHER", see
-    ReusingStudent. stem: "small", for images of 32 pixels or so, or "standard", torchvision's own. Raises UserError for
-    an unknown name and for a stem that it does not have.
+    ReusingStudent. stem: "small", for images of 32 pixels or so, "standard", torchvision's own, or "transform_input",
+    see library_models.transforms. Raises UserError for an unknown name and for a stem that it does not have.
     """
     if "+" in arch:
         return _reusing(*arch.split("+", 1), num_classes, stem)
@@ -150,9 +150,12 @@ def names() -> list[str]:
 
 
 def stem_of(arch: str, stem: str, image_size: int) -> str:
-    """The stem that "auto" means for images of that side, "small" or "standard"; any other is what it is."""
+    """The stem that "auto" means for images of that side, "small" or "standard"; any other is what it is.
+
+    "transform_input" means the same as "auto" for the networks that have none, as it is one flag for two networks.
+    """
     arch = arch.partition("+")[0]
-    if stem != "auto":
+    if stem != "auto" and (stem != "transform_input" or library_models.transforms(arch)):
         return stem
     if arch in ARCHITECTURES and arch not in library_models.names():
         return "small"

@@ -22,7 +22,7 @@ def main(choices: tuple[str, ...] = tuple(RECIPES)) -> None:
     trained = cli.with_statistics(args, recipe, trained)
     dataset = cli.load_data(args, chosen, trained.about)
     jobs.check_fit(trained, dataset, path)
-    jobs.test(trained, dataset, chosen)
+    jobs.test(jobs.settled(trained, dataset, chosen, path), dataset, chosen)
 
 
 if __name__ == "__main__":

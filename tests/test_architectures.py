@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -13,6 +14,7 @@ import cli
 import jobs
 import losses
 import models
+from data import Dataset, Split
 from recipes import RECIPES, Recipe
 from util.runtime import UserError
 
@@ -239,6 +241,39 @@ def test_a_stem_that_the_file_does_not_tell(script, small, tmp_path):
     for path, arch, expected in (("foreign.pth", "mobilenet_v2", "standard"), (own, "resnet20", None)):
         recipe = cli.of_arch(RECIPES["teacher"], arch)
         assert jobs.load(recipe, tmp_path / path, "folder", "standard" if expected else "auto", 8).stem == expected
+
+
+@pytest.mark.parametrize("right", ["standard", "transform_input"])
+def test_a_setting_that_the_file_does_not_tell(tmp_path, cpu, right, capsys):
+    """It is found by the training images, told in a line, and part of what the teacher is."""
+    torch.manual_seed(0)
+    network, seen = models.build("googlenet", 3, right).eval(), []
+    pixels, labels = torch.randint(0, 256, (12, 32, 32, 3), dtype=torch.uint8), torch.arange(12) % 3
+    network.fc.register_forward_pre_hook(lambda module, given: seen.append(given[0].double()))
+    with torch.no_grad():  # its last layer, so that it is right on all images
+        network((pixels.permute(0, 3, 1, 2) / 255 - 0.4) / 0.3)
+        centred = seen[0] - seen[0].mean(0)
+        network.fc.weight.copy_((torch.linalg.pinv(centred) @ (F.one_hot(labels, 3) - 1 / 3).double()).T * 20)
+        network.fc.bias.copy_(-(network.fc.weight @ seen[0].mean(0).float()))
+    torch.save(network.state_dict(), tmp_path / "x.pth")
+    images = Dataset("folder", Split(pixels, labels), Split(pixels, labels), tuple("abc"), (0.4,) * 3, (0.3,) * 3)
+    recipe = cli.of_arch(RECIPES["teacher"], "googlenet")
+    trained = jobs.load(recipe, tmp_path / "x.pth")
+    found = jobs.settled(trained, images, cpu, tmp_path / "x.pth")
+    assert jobs.evaluate(found.network, images, cpu)["top1"] == 100
+    assert found.network.transform_input == (right == "transform_input") and not found.unsure
+    assert found.stem == ("transform_input" if right == "transform_input" else None)
+    line = f"taken {'with' if right == 'transform_input' else 'without'} transform_input: of 12 training images 100.0 %"
+    err = capsys.readouterr().err
+    assert (line in err) if right == "transform_input" else ("taken without transform_input" in err)
+    told = jobs.load(recipe, tmp_path / "x.pth", stem=right)
+    assert jobs.settled(told, images, cpu, tmp_path / "x.pth") is told and told.stem == found.stem
+    with pytest.raises(UserError, match="x.pth does not say .* --stem transform_input or --stem standard tells"):
+        jobs.settled(trained, replace(images, train=None), cpu, tmp_path / "x.pth")
+    setup = jobs.Setup(images, cpu, tmp_path, tmp_path, weights="imagenet")
+    assert jobs.stem_of(recipe, setup) == "transform_input"
+    assert jobs.stem_of(recipe, replace(setup, weights="none")) == "standard"
+    assert jobs.stem_of(RECIPES["teacher"], setup) == "small"
 
 
 def test_statistics_of_a_teacher(script, small, light):

@@ -196,6 +196,19 @@ def test_surplus_keys_of_auxiliary_classifiers(name):
     assert library_models.surplus("resnet18") == ()
 
 
+def test_transform_input_is_torchvisions():
+    twin = torchvisions("googlenet", aux_logits=False, init_weights=False, transform_input=True)
+    network = library_models.build("googlenet", 7, "transform_input").eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = torch.func.functional_call(twin, network.state_dict(), (images,), strict=True)
+        outputs = network(images)
+        torch.testing.assert_close(outputs.logits, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(network.folded()(images).logits, expected, rtol=1e-3, atol=1e-4)
+    assert tuple(outputs.maps) == STAGES
+    assert repr(network) != repr(library_models.build("googlenet", 7, "standard"))  # which a teacher's cache goes by
+
+
 def test_the_state_has_the_version_that_torchvisions_own_loads():
     saved = library_models.build("mnasnet0_5", 7, "standard").state_dict()
     torchvision.models.mnasnet0_5(num_classes=7).load_state_dict(saved)
@@ -223,6 +236,7 @@ def test_names():
         ("?", "standard", "there is no network ?; give one of torchvision's, as resnet18, or timm:NAME"),
         ("vit_b_32", "small", "vit_b_32 has no stem for small images; use --stem standard"),
         ("vgg11", "small", "vgg11 has no stem for small images"),
+        ("vgg11", "transform_input", "--stem transform_input is for googlenet and inception_v3, not for vgg11"),
     ],
 )
 def test_errors(name, stem, message):
