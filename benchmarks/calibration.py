@@ -35,7 +35,9 @@ RUN, SEED = 0.30, 0.20
 SHARED = 0.882  # of the variance of an image's score is the image's, the rest the run's: so they disagree as often
 
 INTERVAL = re.compile(r"\[([+-][\d.]+), ([+-][\d.]+)\](?! over images)")
-EVIDENCE = re.compile(r"^- (\S+) against (\S+): .*95 % interval ([+-][\d.]+) to ([+-][\d.]+)\)(.*)$", re.M)
+EVIDENCE = re.compile(
+    r"^- (\S+)(?: †)? against (\S+)(?: †)?: .*95 % interval ([+-][\d.]+) to ([+-][\d.]+)\)(.*)$", re.M
+)
 P = re.compile(r"(?<!McNemar )p (<?)([\d.]+)")
 THIRTEEN = "the thirteen rows"
 BETTER = {THIRTEEN: "distillation_LDH6", "benchmark": "crd", "losses": "crd", "schedules": "mse_per_epoch"}
@@ -159,9 +161,10 @@ def _tally(found: Read, text: str, truth: float) -> None:
 
 def _read_results(kind: Kind, rows: Rows) -> Read:
     text, found = table.markdown(rows, kind.claims), Read()
-    for name, cells in _cells(text).items():
+    for marked, cells in _cells(text).items():
+        name = marked.removesuffix(" †")
         truth = kind.gains.get(name, 0.0) - kind.gains.get("student", 0.0)
-        _tally(found, cells["gain"], truth)
+        _tally(found, cells.get("gain", ""), truth)
         yes = cells.get("beyond noise") == "yes"
         found.found |= yes and name == BETTER[kind.table]
         found.wrong |= yes and truth == 0
