@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,7 @@ def test_a_tensorboard_that_is_open_forgets_what_was_there(tmp_path):
 
 
 def test_a_full_disk_costs_a_line(tmp_path, monkeypatch, capfd):
+    threads = threading.active_count()
     given = Scalars(tmp_path)
 
     def full(folder, flag):
@@ -161,6 +163,7 @@ def test_a_full_disk_costs_a_line(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(files, "ensure_writable", full)
     for step in (1, 2):
         given.add(step, {"loss": 1.0})
+    assert threading.active_count() == threads  # the writer's own would complain after 120 s, of a folder that is gone
     given.close()
     assert capfd.readouterr().err.count("going on without figures for TensorBoard: cannot write to") == 1
     with pytest.raises(UserError, match="cannot write"):

@@ -45,13 +45,14 @@ class Scalars:
             self._writer.flush()
         except (OSError, UserError) as error:
             say(f"going on without figures for TensorBoard: {error}")
-            self._writer = None
+            self.close()
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write what is left, and end the writer's thread, which would complain later of what it can't write."""
         if self._writer:
             with contextlib.suppress(OSError):
-                self._writer.close()
+                self._writer.file_writer.close()  # SummaryWriter.close keeps the thread where its flush fails
+            self._writer = None
 
 
 def _empty(folder: Path) -> None:
