@@ -16,6 +16,7 @@ from torch import nn
 
 from outputs import Outputs
 from util import processes, runtime
+from util.processes import Processes
 from util.runtime import Runtime, UserError
 
 CPU = torch.device("cpu")
@@ -214,7 +215,8 @@ def step(network, forward, images):
 
 
 def test_compiled_computes_the_same_and_leaves_no_trace():
-    network, images = Small(), torch.randn(4, 3, 8, 8).to(memory_format=torch.channels_last)
+    network = Small()  # which seeds the images, too
+    images = torch.randn(4, 3, 8, 8).to(memory_format=torch.channels_last)
     plain = copy.deepcopy(network)
     forward = runtime.compiled(network, (4, 3, 8, 8), Runtime(CPU, "fp32"))
     assert all(value.equal(plain.state_dict()[name]) for name, value in network.state_dict().items())
@@ -223,6 +225,66 @@ def test_compiled_computes_the_same_and_leaves_no_trace():
         for given, expected in zip(step(network, forward, images), step(plain, plain, images), strict=True):
             torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(forward(images[:3]).logits, plain(images[:3]).logits)  # the last short batch
+
+
+class Wrong(torch.autograd.Function):
+    """The identity, with half the gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient / 2
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("change", "dropout", "told"),
+    [
+        (lambda x: x * (1 + 1e-6), 0, ""),
+        (lambda x: x, 0.3, ""),
+        (lambda x: x * 1.5, 0, "gives other outputs (by 50 %)"),
+        (lambda x: x * float("nan"), 0, "gives other outputs (by nan %)"),
+        (lambda x: x * 20, 0.3, "gives other outputs"),
+        (Wrong.apply, 0, "gives other gradients (by 50 %)"),
+    ],
+)
+def test_what_is_compiled_wrongly_is_not_used(monkeypatch, capfd, precision, change, dropout, told):
+    class Dropping(Small):
+        def forward(self, images):
+            return Outputs(logits=nn.functional.dropout(super().forward(images).logits, dropout))
+
+    network = Dropping()
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: lambda x: Outputs(change(network(x).logits)))
+    state, random = copy.deepcopy(network.state_dict()), torch.get_rng_state()
+    forward = runtime.compiled(network, (4, 3, 8, 8), Runtime(CPU, precision))
+    assert torch.get_rng_state().equal(random) and all(value.grad is None for value in network.parameters())
+    assert all(value.equal(state[name]) for name, value in network.state_dict().items())
+    err = capfd.readouterr().err
+    assert forward.compiled == (not told) and told in err and len(err.splitlines()) == bool(told)
+
+
+def test_all_processes_go_on_alike(monkeypatch, capfd):
+    class Others(Processes):
+        def all_reduce_max(self, number):
+            return 1
+
+    monkeypatch.setattr(torch, "compile", lambda network, **options: network.forward)
+    forward = runtime.compiled(Small(), (4, 3, 8, 8), Runtime(CPU, "fp32", Others(0, 2)))
+    assert not forward.compiled
+    assert capfd.readouterr().err == "torch.compile failed in another process; going on without it\n"
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "config"), reason="needs its cache_key_tag")
+def test_what_is_compiled_is_kept_by_instruction_set(monkeypatch):
+    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "mine")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX1024")
+    monkeypatch.setattr(torch, "compile", lambda network, **options: network.forward)
+    for _ in range(2):
+        runtime.compiled(Small(), (4, 3, 8, 8), Runtime(CPU, "fp32"))
+    assert torch.compiler.config.cache_key_tag == "mineAVX1024"
 
 
 def test_what_is_compiled_is_tried_out_by_its_first_output(monkeypatch, capfd):

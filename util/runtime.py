@@ -274,33 +274,79 @@ def compiled(
 ) -> Callable[[torch.Tensor], tuple]:
     """The network compiled for images of that shape, channels last; images of another shape go to the network itself.
 
-    trained: it is asked for gradients. Tried out here, on images of zeros, that nothing may fail later; where it fails,
-    a line on stderr and the network.
+    trained: it is asked for gradients. It is tried out here on random images. Where it fails in one of the processes,
+    or differs from the network by more than rounding, all go on with the network itself, and say so on stderr.
     """
+    _keep_instruction_sets_apart()
     buffers = {name: value.clone() for name, value in network.named_buffers()}
-    fast = torch.compile(network, dynamic=False)
+    fast, problem = torch.compile(network, dynamic=False), ""
+    kind = runtime.device.type
     try:
-        with runtime.autocast(), torch.set_grad_enabled(trained), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # float32 is meant to be plain
-            images = torch.zeros(shape, device=runtime.device).to(memory_format=torch.channels_last)
-            output = fast(images)[0]  # to try the backward pass any output will do: the first is always there
-            if trained:
-                output.sum().backward()
+        with torch.random.fork_rng([runtime.device] if kind in ("cuda", "xpu") else [], device_type=kind):
+            problem = _unlike(fast, network, shape, runtime, trained)
     except Exception as error:  # a compiler can fail in any way
         reason = str(error).strip().partition("\n")[0]
-        say(f"torch.compile failed ({type(error).__name__}: {reason}); going on without it")
-        fast = network
+        problem = f"failed ({type(error).__name__}: {reason})"
     finally:
-        # The trial was none of the training's: its gradients and its batch norm statistics go.
-        network.zero_grad()
+        # The trial was none of the training's: its batch norm statistics go.
         for name, value in network.named_buffers():
             value.copy_(buffers[name])
+    if runtime.processes.all_reduce_max(bool(problem)):
+        say(f"torch.compile {problem or 'failed in another process'}; going on without it")
+        fast = network
 
     def forward(images: torch.Tensor) -> tuple:
         return fast(images) if images.shape == shape else network(images)
 
     forward.compiled = fast is not network
     return forward
+
+
+def _keep_instruction_sets_apart() -> None:
+    """Let torch.compile's cache on the disk know for which instruction set its code is.
+
+    PyTorch 2.14 takes a graph from there that was compiled for vectors of another length (ATEN_CPU_CAPABILITY, a folder
+    that several machines share), and then compiles its loops for this one: they skip values, or write beyond arrays.
+    """
+    config, name = getattr(torch.compiler, "config", None), torch.backends.cpu.get_cpu_capability()
+    if hasattr(config, "cache_key_tag") and name not in config.cache_key_tag:
+        config.cache_key_tag += name
+
+
+def _unlike(
+    fast: Callable[[torch.Tensor], tuple],
+    network: torch.nn.Module,
+    shape: tuple[int, ...],
+    runtime: Runtime,
+    trained: bool,
+) -> str:
+    """What is wrong with the outputs and the gradients of the compiled network, on random images; "" if nothing is.
+
+    How much rounding matters differs with the network: much in a deep one with batch norm. So the network itself is
+    asked again, with rounding errors in the images, and other random numbers for its dropout.
+    """
+    generator = torch.Generator().manual_seed(0)
+    images, noise = torch.randn((2, *shape), generator=generator).to(runtime.device)
+    rounding, least = (2**-8, 0.03) if runtime.precision == "bf16" else (2**-22, 0.001)
+    weights = [value for value in network.parameters() if trained and value.requires_grad]
+
+    def results(forward: Callable[[torch.Tensor], tuple], images: torch.Tensor) -> list[torch.Tensor]:
+        with runtime.autocast(), torch.set_grad_enabled(trained), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # float32 is meant to be plain
+            output = forward(images.to(memory_format=torch.channels_last))[0]  # the first is always there
+        if not weights:
+            return [output.float()]
+        gradients = torch.autograd.grad(output.float().square().sum(), weights, allow_unused=True)
+        gradients = [gradient.float().flatten() for gradient in gradients if gradient is not None]
+        return [output.detach().float(), torch.cat(gradients)]
+
+    given, expected = results(fast, images), results(network, images)
+    again = results(network, images * (1 + rounding * noise.sign()))
+    for name, a, b, c in zip(("outputs", "gradients"), given, expected, again, strict=False):
+        # Of a ResNet-20 compiled changes 0.6 to 3 times as much as asking again; wrong code changed more than `least`.
+        if not (a - b).norm() <= 8 * (c - b).norm() + least * b.norm():  # NaN, too
+            return f"gives other {name} (by {100 * ((a - b).norm() / b.norm()).item():.2g} %)"
+    return ""
 
 
 def free_memory(device: torch.device) -> int:
