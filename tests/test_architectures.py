@@ -297,7 +297,13 @@ def test_statistics_of_a_teacher(script, small, light):
     assert "--teacher_mean" in told.err and "by chance" in told.err
 
 
-ABOUT = {"stem": "small", "classes": list("abcd"), "image_size": 8, "mean": [0.5] * 3, "std": [0.2] * 3}
+ABOUT = {
+    "stem": "small",
+    "classes": [f"class{k}" for k in range(4)],
+    "image_size": 8,
+    "mean": [0.5] * 3,
+    "std": [0.2] * 3,
+}
 MADE_HERE = {  # each kind of checkpoint: the network in it, and whether it is in the older layout, which tells nothing
     "teacher": ("teacher", False),
     "student": ("student", False),
@@ -354,6 +360,40 @@ def test_whatever_was_made_here_can_be_a_start(tmp_path, kind, reusing):
     assert fresh and all(value.equal(before[key]) for key, value in started.state_dict().items() if key in fresh)
     taken = {key: value for key, value in started.state_dict().items() if key not in fresh}
     assert len(taken) > 50 and all(value.equal(made.state_dict()[key]) for key, value in taken.items())
+
+
+def test_a_checkpoint_made_here_is_tested_as_what_it_says(script, small, tmp_path):
+    """Whatever the job; a flag that names another network is refused."""
+    made_here("another network", tmp_path / "x.pth")
+    asked = ["test.py", "--checkpoint", "x.pth", *small, "--model_job"]
+    outs = {script(*asked, job).out for job in ("teacher", "student", "distillation_LDH6")}
+    assert len(outs) == 1 and "Top-1" in outs.pop()
+    refused(script(*asked, "student", "--student_arch", "resnet20"), "holds a wrn_16_2, not the resnet20")
+    refused(script(*asked, "teacher", "--weights_key", "ema"), "--weights_key: x.pth was made here")
+
+
+def test_another_set_of_a_teachers_weights_is_another_teacher(script, small, tmp_path):
+    torch.manual_seed(0)
+    one, other = (models.build("resnet20", 4).state_dict() for _ in range(2))
+    torch.save({"state_dict": one, "state_dict_ema": other}, tmp_path / "x.pth")
+    flags = ["train_distillation.py", "--teacher", "x.pth", "--teacher_arch", "resnet20", "--student_arch", "resnet20"]
+    flags += [*small, "--epochs", 1]
+    ran = script(*flags)
+    assert ran.code == 0 and "taking state_dict; --weights_key NAME takes another" in ran.err
+    refused(script(*flags, "--weights_key", "state_dict_ema"), "teacher.weights_key")
+    kept = {
+        path.name.partition("_")[0] for path in (tmp_path / "checkpoints" / "folder" / "teacher_cache").glob("*.np*")
+    }
+    assert script(*flags, "--weights_key", "state_dict_ema", "--name", "ema").code == 0
+    now = {
+        path.name.partition("_")[0] for path in (tmp_path / "checkpoints" / "folder" / "teacher_cache").glob("*.np*")
+    }
+    assert len(kept) == len(now) == 1 and kept != now
+    started = ["train.py", "--model_job", "student", "--student_arch", "resnet20", "--weights", "x.pth", *small]
+    for name, key in (("a", []), ("b", ["--weights_key", "state_dict_ema"])):
+        assert script(*started, "--epochs", 1, "--name", name, *key).code == 0
+    a, b = (json.loads((tmp_path / "results" / "folder" / f"{name}_seed0.json").read_text()) for name in "ab")
+    assert b["weights"] == f"{a['weights']}, state_dict_ema" and a["checkpoint_sha256"] != b["checkpoint_sha256"]
 
 
 def test_a_start_of_another_stem(tmp_path):

@@ -388,6 +388,21 @@ def test_another_stem(tmp_path):
     refused(tmp_path / "x.pth", r"conv1.weight has the shape \(64, 3, 7, 7\), not \(64, 3, 3, 3\)")
 
 
+def test_a_network_for_images_of_other_channels_or_another_size(tmp_path):
+    state = build("resnet20", 4).state_dict()
+    torch.save({**state, "conv1.weight": state["conv1.weight"][:, :1]}, tmp_path / "grey.pth")
+    with pytest.raises(UserError, match=r"grey.pth is for images of 1 channels \(conv1.weight\), images here have 3"):
+        checkpoint.load(build("resnet20", 4), "resnet20", tmp_path / "grey.pth", HINT)
+    shape = {"patch_size": 8, "num_layers": 1, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 16, "num_classes": 4}
+    large, small = (torchvision.models.VisionTransformer(image_size=side, **shape) for side in (48, 32))
+    with pytest.raises(UserError, match="x.pth is for images of 48x48 pixels, the network here for 32x32"):
+        checkpoint.fit_into(small, large.state_dict(), Path("x.pth"))
+    at_size = checkpoint._at_the_size(small, large.state_dict(), Path("x.pth"))  # as a start may be
+    checkpoint.fit_into(small, at_size, Path("x.pth"))
+    positions, before = small.encoder.pos_embedding, large.encoder.pos_embedding
+    assert positions.shape == (1, 17, 16) and positions[:, 0].equal(before[:, 0])
+
+
 def test_missing_and_surplus_keys(saved, tmp_path):
     state = state_of(saved["student"])
     torch.save({**state, "extra.weight": torch.zeros(1)}, tmp_path / "x.pth")
