@@ -18,6 +18,7 @@ import warnings
 import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlparse
@@ -123,10 +124,12 @@ ABOUT_CHECKS = {
     "image_size": IMAGE_SIDE.fits,
     "mean": parsed.list_of(MEAN.fits, 3, 3),
     "std": parsed.list_of(STD.fits, 3, 3),
-    "stem": lambda value: value in ("small", "standard"),
+    "stem": lambda value: value in models.STEMS,
     "job": parsed.text,
     "run": parsed.a_dict,
 }
+
+DEPTH = 20  # of the steps in a name, how many are looked at for a prefix
 
 State = dict[str, torch.Tensor]
 About = dict[str, Any]
@@ -468,11 +471,19 @@ def _taken(value: object, path: Path, kind: str | None, key: str | None, tells: 
             raise UserError(
                 f"--weights_key {key}: {path} holds no such set of weights; it holds {', '.join(names[:6])}"
             )
+    together = sum(found.outside is sets[0].outside for found in sets)  # in one dict
     if len(sets) > 1 and place(sets[0]) == place(sets[1]):
         raise UserError(f"{several}: choose one with --weights_key NAME")
     if len(names) > 1 and tells:
         say(f"{several}: taking {ascii(sets[0].name)[1:-1] or names[0]}; --weights_key NAME takes another")
-    return _with_head(sets[0], wanted[0], path, tells) if kind else {**sets[0].outside, **sets[0].inside}
+    if not kind:
+        return {**sets[0].outside, **sets[0].inside}
+    entries = _with_head(sets[0], wanted[0], path, tells)
+    # Beside a student and a teacher what is neither is the training's own, as the layers that a loss learns.
+    beside = [name for name in sets[0].outside if name in entries and not _is_bookkeeping(name)] if together > 1 else []
+    if beside and tells:
+        say(f"{path}: left out, beside its networks: {ascii(beside[0])[1:-1]}{', ...' * (len(beside) > 1)}")
+    return {name: entry for name, entry in entries.items() if name not in beside}
 
 
 def _wanted(kind: str | None) -> list[models.Skeleton]:
@@ -553,7 +564,7 @@ def _prefixes(entries: dict[str, Any], wanted: list[models.Skeleton]) -> list[st
         counts = Counter(
             key[:start]
             for key in entries
-            for start in [0, *(match.end() for match in re.finditer(r"\.", key))]
+            for start in [0, *(match.end() for match in islice(re.finditer(r"\.", key), DEPTH))]
             if key[start:] in skeleton.body
         )
         prefixes |= {prefix for prefix, n in counts.items() if 4 * n > len(skeleton.body)}

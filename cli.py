@@ -164,7 +164,7 @@ def add_network_flags(parser: Parser) -> None:
     group.add_argument("--student_arch", type=arch, metavar="NAME", help="default: resnet18")
     add_weights_key_flag(group)
     group.add_argument(
-        "--stem", choices=["auto", "small", "standard", "transform_input"], default="auto",
+        "--stem", choices=["auto", *models.STEMS], default="auto",
         help="small: without early pooling, for small images; auto: small up to 64 pixels, where the network has one; "
         "transform_input: torchvision's setting of inception_v3 and googlenet with ImageNet's weights",
     )  # fmt: skip
@@ -544,6 +544,7 @@ def trained(
     if not getattr(args, f"{_role(recipe)}_arch") and file.is_file():
         holds = checkpoint.network_in(file, args.weights_key)
         if holds and models.canonical(holds) != models.canonical(recipe.built):
+            say(f"{file} holds a {models.TITLES.get(models.canonical(holds), holds)} and is taken as that")
             recipe = replace(recipe, arch=holds)
     trained = jobs.load(recipe, file, args.dataset, args.stem, args.image_size, args.weights_key)
     if args.weights_key and trained.about:

@@ -88,6 +88,7 @@ ROWS_OWN = {"resnet50": "teacher", "resnet18": "student"}
 # How the names of weights begin that a student has for its distillation alone: its projector's, its transfer's.
 DISTILLED_THROUGH = ("proj.", "transfer.")
 
+STEMS = ("small", "standard", "transform_input")  # see `build`
 SMALL_IMAGES = 64  # pixels; up to these the stem for small images is taken unless told otherwise
 
 
@@ -116,6 +117,10 @@ def build(arch: str, num_classes: int, stem: str = "small") -> nn.Module:
 
 def _reusing(student: str, teacher: str, num_classes: int, stem: str) -> nn.Module:
     """The student with a transfer to the teacher's channels, and a classifier of the shape of the teacher's."""
+    if "+" in teacher:
+        raise Unsuited(
+            f"{teacher} has its classifier behind a transfer and can't lend it; choose another loss or teacher"
+        )
     network = build(student, num_classes, stem)
     with torch.device("meta"):
         other = build(teacher, num_classes, stem_of(teacher, "auto", SMALL_IMAGES))

@@ -380,7 +380,7 @@ def otherwise(
     runs = [*ours.values(), *theirs.values()]
     found = [what for what, told in ways.items() if len({*map(told, runs)}) > 1]
     pairs = [(ours[seed].teacher, theirs[seed].teacher) for seed in ours.keys() & theirs.keys()]
-    known = ("sha256", "normalisation", "stem")  # an older result has the first alone
+    known = ("sha256", "normalisation", "stem", "weights_key")  # an older result has the first alone
     return found + ["teacher"] * any(a and b and any(a.get(key) != b.get(key) for key in known) for a, b in pairs)
 
 

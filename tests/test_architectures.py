@@ -270,6 +270,11 @@ def test_a_setting_that_the_file_does_not_tell(tmp_path, cpu, right, capsys):
     assert jobs.settled(told, images, cpu, tmp_path / "x.pth") is told and told.stem == found.stem
     with pytest.raises(UserError, match="x.pth does not say .* --stem transform_input or --stem standard tells"):
         jobs.settled(trained, replace(images, train=None), cpu, tmp_path / "x.pth")
+    checkpoint.save(
+        network, tmp_path / "own.pth", {**ABOUT, "network": "googlenet", "stem": right, "classes": ["a", "b", "c"]}
+    )
+    own = jobs.load(recipe, tmp_path / "own.pth")
+    assert own.network.transform_input == found.network.transform_input and not own.unsure and own.stem is None
     setup = jobs.Setup(images, cpu, tmp_path, tmp_path, weights="imagenet")
     assert jobs.stem_of(recipe, setup) == "transform_input"
     assert jobs.stem_of(recipe, replace(setup, weights="none")) == "standard"
@@ -342,6 +347,9 @@ def test_whatever_was_made_here_can_be_a_teacher(tmp_path, kind):
         torch.testing.assert_close(teacher(images()).logits, made(images()).logits)
         torch.testing.assert_close(models.folded(teacher)(images()).logits, made(images()).logits, rtol=1e-4, atol=1e-4)
     losses.Objective(recipe, models.shapes(network("resnet20"), SIDE, 4), models.shapes(teacher, SIDE, 4))
+    if "+" in name:
+        with pytest.raises(UserError, match="has its classifier behind a transfer"):
+            models.build(f"resnet20+{name}", 4)
 
 
 @pytest.mark.parametrize("kind", MADE_HERE)

@@ -634,6 +634,7 @@ def test_a_network_is_found_by_its_names(tmp_path, name, other, last, capsys):
     both = {**prefixed(state, "module.student."), **prefixed(others, "module.teacher.")}
     for content in (
         {"model": both, "epoch": 3},
+        {"model": {**both, "module.embed.linear.weight": torch.zeros(4, 4)}, "epoch": 3},
         {"meta": {"epoch": 3}, "state_dict": renamed(state, "backbone.", "head.fc.", last)},
         {"state_dict": {**prefixed(state, "model."), **prefixed(others, "teacher.")}, "epoch": 3},
         {"state_dict": renamed(state, "net.backbone.", "net.classification_head.", last)},
