@@ -58,8 +58,13 @@ COUNTERS = {"total_ops", "total_params", "n_averaged", "num_batches_tracked"}
 # Modules beside the network in the module that trained it; they don't change its outputs.
 OBJECTIVES = {
     *("criterion", "criterions", "loss", "losses", "loss_fn", "loss_func", "loss_function", "metric", "metrics"),
-    *("accuracy", "train_acc", "val_acc", "test_acc", "train_metrics", "val_metrics", "test_metrics"),
+    *("accuracy", "acc", "confmat", "ce"),
 }
+WRAPPED = re.compile(r"^((module|_orig_mod)\.)+")  # at the start of a name, by torch itself
+OF_A_PHASE = re.compile(r"(train|val|valid|validation|test)_\w+|\w+_(loss|criterion|loss_fn)")  # such modules' names
+# The last part of the name of a student or a teacher in the module that distils, and what normalises its images there.
+DISTILLED = re.compile(r"(^|\.)((student|teacher)(_\w+)?|\w+_(s|t|student|teacher))$")
+PREPROCESSOR = re.compile(r"(^|\.)data_preprocessor\.(mean|std)$")
 # A training's notes among the weights.
 NOTES = {
     *("epoch", "epochs", "step", "global_step", "iter", "iteration", "iterations", "acc", "acc1", "loss", "lr"),
@@ -220,24 +225,37 @@ def read(path: Path, hint: str, kind: str | None = None, key: str | None = None)
 
 
 def read_hashed(
-    path: Path, hint: str, kind: str | None = None, key: str | None = None
+    path: Path, hint: str, kind: str | None = None, key: str | None = None, start: bool = False
 ) -> tuple[State, About | None, str]:
-    """Return what `read` does, and the SHA-256 of the bytes that it is from: the file may be another one afterwards."""
+    """Return what `read` does, and the SHA-256 of the bytes that it is from: the file may be another one afterwards.
+
+    start: the weights are a start, so what lies beside the network, a projector or another head, is left out.
+    """
     value, about, content = _opened(path, hint)
-    state = _plain(value if _is_sealed(content) else _taken(value, path, kind, key), path)
+    state = _plain(value if _is_sealed(content) else _taken(value, path, kind, key, start=start), path)
     return state, about, hashlib.sha256(content).hexdigest()
 
 
-def network_in(path: Path, key: str | None = None) -> str | None:
-    """The network in the file by its name, as the file says or its weights show; None where neither does."""
+def network_in(path: Path, key: str | None = None, row: str | None = None) -> str | None:
+    """The network in the file by its name, as the file says or its weights show; None where neither does.
+
+    row: the network that is taken where the file holds it beside others.
+    """
     try:
         value, about, content = _opened(path, "")
-        if about:
-            return about["network"]
-        entries = _plain(value, path) if _is_sealed(content) else _taken(value, path, None, key, tells=False)
     except UserError:  # which `read` raises again, knowing the network and the hint
         return None
-    return next((name for name, called in TITLES.items() if called == _architecture(entries)), None)
+    if about:
+        return about["network"]
+    for kind in (row, None) if row else (None,):
+        try:
+            entries = _plain(value, path) if _is_sealed(content) else _taken(value, path, kind, key, tells=False)
+        except UserError:
+            continue
+        holds = next((name for name, called in TITLES.items() if called == _architecture(entries)), None)
+        if holds and kind in (None, holds):
+            return holds
+    return None
 
 
 def _is_sealed(content: bytes) -> bool:
@@ -446,7 +464,9 @@ class _Found(NamedTuple):
     outside: dict[Any, Any]
 
 
-def _taken(value: object, path: Path, kind: str | None, key: str | None, tells: bool = True) -> dict[str, Any]:
+def _taken(
+    value: object, path: Path, kind: str | None, key: str | None, tells: bool = True, start: bool = False
+) -> dict[str, Any]:
     """Of the sets of weights in what the file holds, the one to take; says which where there are several.
 
     The one that lacks the fewest weights of the kind asked for comes first, then the one with the fewest of another
@@ -479,11 +499,21 @@ def _taken(value: object, path: Path, kind: str | None, key: str | None, tells: 
     if not kind:
         return {**sets[0].outside, **sets[0].inside}
     entries = _with_head(sets[0], wanted[0], path, tells)
-    # Beside a student and a teacher what is neither is the training's own, as the layers that a loss learns.
-    beside = [name for name in sets[0].outside if name in entries and not _is_bookkeeping(name)] if together > 1 else []
+    beside = [name for name in _beside(sets[0], wanted[0], together > 1 or start) if name in entries]
     if beside and tells:
         say(f"{path}: left out, beside its networks: {ascii(beside[0])[1:-1]}{', ...' * (len(beside) > 1)}")
     return {name: entry for name, entry in entries.items() if name not in beside}
+
+
+def _beside(found: _Found, wanted: models.Skeleton, alone: bool) -> list[str]:
+    """What lies beside the network and is none of its weights: all, where it is taken alone.
+
+    Beside a student and a teacher, or a whole one of them, that is the training's own, as the layers that a loss
+    learns. Beside another network it is a preprocessor's statistics.
+    """
+    names = [name for name in found.outside if not _is_bookkeeping(name)]
+    whole = wanted.head.keys() <= found.inside.keys() and DISTILLED.search(found.name)
+    return names if alone or whole else [name for name in names if PREPROCESSOR.search(name)]
 
 
 def _wanted(kind: str | None) -> list[models.Skeleton]:
@@ -599,7 +629,9 @@ def _modern(entries: dict[str, Any]) -> dict[str, Any]:
 
 def _is_bookkeeping(name: str) -> bool:
     """Whether an entry of that name is none of a network's weights."""
-    return name in NOTES or name.partition(".")[0] in OBJECTIVES or name.rpartition(".")[2] in COUNTERS
+    module, _, rest = WRAPPED.sub("", name).partition(".")
+    is_objective = module in OBJECTIVES or (rest and OF_A_PHASE.fullmatch(module))
+    return name in NOTES or bool(is_objective) or name.rpartition(".")[2] in COUNTERS
 
 
 def _plain(entries: object, path: Path) -> State:
@@ -775,7 +807,7 @@ def start(
     plain = models.without_projector(arch.partition("+")[0])
     called = TITLES.get(plain, plain)
     state, about, digest = read_hashed(
-        path, f"give --weights a state_dict of torchvision's {called}, or none", plain, key
+        path, f"give --weights a state_dict of torchvision's {called}, or none", plain, key, start=True
     )
     if source == "imagenet" and not digest.startswith(path.stem.rpartition("-")[2]):
         raise UserError(f"{path} has changed since it was checked; start again")

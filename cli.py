@@ -237,7 +237,7 @@ def arch(text: str) -> str:
 def teacher_recipe(args: argparse.Namespace, path: Path) -> Recipe:
     """What the teacher in the file is: the network that was asked for, or else that which the file holds."""
     if args.teacher_arch is None and path.is_file():
-        name = checkpoint.network_in(path, args.weights_key)
+        name = checkpoint.network_in(path, args.weights_key, "teacher")
         name = name and models.without_projector(name)
         if name not in (None, "teacher"):
             return of_arch(RECIPES["teacher"], OWN_NETWORKS.get(name, name))
@@ -542,7 +542,7 @@ def trained(
         recipe = with_networks(recipe, args, teacher)
     file = args.checkpoint or jobs.checkpoint_path(recipe, folder, args.seed)
     if not getattr(args, f"{_role(recipe)}_arch") and file.is_file():
-        holds = checkpoint.network_in(file, args.weights_key)
+        holds = checkpoint.network_in(file, args.weights_key, recipe.network)
         if holds and models.canonical(holds) != models.canonical(recipe.built):
             say(f"{file} holds a {models.TITLES.get(models.canonical(holds), holds)} and is taken as that")
             recipe = replace(recipe, arch=holds)

@@ -582,6 +582,14 @@ def test_of_several_networks_the_one_that_fits_is_taken(tmp_path, names, content
     )
 
 
+@pytest.mark.parametrize("row", ["student", "teacher"])
+def test_of_several_networks_a_row_has_its_own(tmp_path, names, row):
+    torch.save({"student": names["student"], "teacher": names["teacher"]}, tmp_path / "x.pth")
+    assert checkpoint.network_in(tmp_path / "x.pth", row=row) == row
+    torch.save(names["student"], tmp_path / "x.pth")
+    assert checkpoint.network_in(tmp_path / "x.pth", row=row) == "student"
+
+
 def test_of_several_networks_none_is_guessed(tmp_path, names):
     torch.save({"one": names["student"], "two\n": names["student"]}, tmp_path / "x.pth")
     with pytest.raises(
@@ -638,6 +646,8 @@ def test_a_network_is_found_by_its_names(tmp_path, name, other, last, capsys):
         {"meta": {"epoch": 3}, "state_dict": renamed(state, "backbone.", "head.fc.", last)},
         {"state_dict": {**prefixed(state, "model."), **prefixed(others, "teacher.")}, "epoch": 3},
         {"state_dict": renamed(state, "net.backbone.", "net.classification_head.", last)},
+        {"state_dict": renamed(state, "backbone.", "head.fc.", last) | {"data_preprocessor.mean": torch.ones(3, 1, 1)}},
+        {"model": both | {"module.conv_reg.0.weight": torch.ones(3, 4), "module.connectors.0.weight": torch.ones(9)}},
         renamed(state, "", "linear.", last),
     ):
         assert reads_as(tmp_path / "x.pth", content, state, name), capsys.readouterr().err
@@ -657,6 +667,8 @@ def with_counters(state):
         lambda state: {"n_averaged": torch.tensor(3), **prefixed(state, "module.")},
         lambda state: {**prefixed(state, "model."), "criterion.weight": torch.ones(10), "loss_fn.pos": torch.ones(3)},
         lambda state: {**prefixed(with_counters(state), "module."), "total_ops": torch.zeros(1)},
+        lambda state: {**prefixed(state, "net."), "ce_loss.weight": torch.ones(10), "val_f1.tp": torch.ones(3)},
+        lambda state: {**prefixed(state, "module.net."), "module.criterion.weight": torch.ones(10)},
         lambda state: {**state, "epoch": 3, "best_acc": torch.tensor(0.5), "arch": "resnet18", "optimizer": BESIDE},
         lambda state: {key: value for key, value in state.items() if "num_batches_tracked" not in key},
     ],
@@ -1050,6 +1062,11 @@ OWN_ENDS = {
     [
         lambda state: {"net": prefixed({**state, **OWN_ENDS}, "module."), "epoch": 3},
         lambda state: prefixed({key: value for key, value in state.items() if not key.startswith("fc.")}, "backbone."),
+        lambda state: {
+            **prefixed({key: value for key, value in state.items() if not key.startswith("fc.")}, "module.backbone."),
+            "module.projector.0.weight": torch.ones(9, 2048),
+            "module.head.mlp.2.weight": torch.ones(9, 9),
+        },
     ],
 )
 def test_start_from_a_file_as_people_have_it(tmp_path, monkeypatch, imagenet_state, change):
