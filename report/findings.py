@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from recipes import RECIPES
-from report.results import SETUP, Rows, marked, otherwise
+from report.results import SETUP, Rows, full_epochs, marked, otherwise
 from report.statistics import (
     LEVEL,
     MARGIN,
@@ -157,7 +157,7 @@ def claim_pairs(rows: Rows) -> list[Pair]:
         (name, question.baseline)
         for question in _questions(rows)
         for name in question.names
-        if {name, question.baseline} <= rows.keys() and not _unlike(rows, name, question.baseline)
+        if {name, question.baseline} <= rows.keys() and not unlike(rows, name, question.baseline)
     ]
 
 
@@ -192,16 +192,16 @@ def _compared(rows: Rows, judged: Judged, question: _Question) -> dict[str, Comp
     return {pairs[pair]: judged[pair] for pair in claim_pairs(rows) if pair in pairs and pair in judged}
 
 
-def _unlike(rows: Rows, name: str, other: str) -> list[str]:
-    """What two rows of the reference were trained with that is not the same, or, of epochs, not in proportion."""
+def unlike(rows: Rows, name: str, other: str) -> list[str]:
+    """What two rows were trained with that is not the same, or, of epochs, not in proportion to the reference's."""
     ours, theirs = rows[name], rows[other]
     runs = [*ours.values(), *theirs.values()]
     alike = SETUP | {
         "learning rate": lambda run: run.recipe["learning_rate"],
         "batches": lambda run: run.recipe["batch_size"],
     }
-    shares = [run.recipe["epochs"] / RECIPES[run.job].epochs for run in runs]
-    rounding = sum(0.5 / RECIPES[rows.first(row).job].epochs for row in (name, other))
+    shares = [run.recipe["epochs"] / full_epochs(run) for run in runs]
+    rounding = sum(0.5 / full_epochs(rows.first(row)) for row in (name, other))
     return otherwise(ours, theirs, alike) + ["epochs"] * (max(shares) - min(shares) > rounding + 1e-9)
 
 
@@ -218,11 +218,11 @@ def _evidence(rows: Rows, compared: dict[str, Comparison], question: _Question) 
             words.append(f"{'' if found.within_margin else 'not '}surely within {MARGIN:g} points")
         lines.append(f"{marked(name)} against {baseline}: {', '.join(words)}")
     missing = [name for name in names if name not in compared]
-    ways = {name: _unlike(rows, name, baseline) for name in missing if name in rows and baseline in rows}
-    if unlike := {name: way for name, way in ways.items() if way}:
-        told = ", ".join(f"{name} ({', '.join(way)})" for name, way in unlike.items())
+    ways = {name: unlike(rows, name, baseline) for name in missing if name in rows and baseline in rows}
+    if others := {name: way for name, way in ways.items() if way}:
+        told = ", ".join(f"{name} ({', '.join(way)})" for name, way in others.items())
         lines.append(f"not trained as {baseline} was, so not compared with it: {told}")
-        missing = [name for name in missing if name not in unlike]
+        missing = [name for name in missing if name not in others]
     return lines + [f"no run to compare with {baseline}: {', '.join(missing)}"] * bool(missing)
 
 

@@ -128,11 +128,16 @@ def _draw_baselines(axes, rows: Rows, shown: Interval, looks: dict[str, Look]) -
     if "teacher" not in values:
         values |= {f"teacher, {top1:.2f}": (top1, ORANGE) for top1 in _own_teachers(rows)}
     lines = {label: value for label, (value, _) in values.items() if shown[0] <= value <= shown[1]}
+    # Teachers that have no row of their own, where their figures would stand.
+    far = [label.removeprefix("teacher, ") for label in values if label.startswith("teacher, ") and label not in lines]
+    if far:
+        text = f"teacher, {' and '.join(far)}, off this axis"
+        at_right = all(value < (shown[0] + shown[1]) / 2 for value in lines.values())
+        at, side = (1, "right") if at_right else (0, "left")
+        axes.text(at, 1.01, text, transform=axes.transAxes, ha=side, va="bottom")
     for label, (value, colour) in values.items():
         where = axes.get_xaxis_transform()
         if label not in lines:
-            if label.startswith("teacher, "):  # one that has no row of its own, where its figure would stand
-                axes.text(1, 1.01, f"{label}, off this axis", transform=axes.transAxes, ha="right", va="bottom")
             continue
         leftmost = len(lines) > 1 and label == min(lines, key=lines.get)
         rightmost = len(lines) > 1 and not leftmost
@@ -208,7 +213,7 @@ def _shown_range(rows: Rows) -> Interval:
     room = max(most - least, noise(rows))
     low = max(min(least, *(low for low, _ in intervals)), least - room)
     high = min(max(most, *(high for _, high in intervals)), most + room)
-    margin = max(0.05 * (high - low), 0.1 * noise(rows))
+    margin = max(0.05 * (high - low), 0.1 * noise(rows), 0.1)
     return low - margin, high + margin
 
 

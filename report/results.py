@@ -458,11 +458,16 @@ def marked(name: str) -> str:
     return name + f" {MARK}" * (name in CHOSEN_BY_TEST)
 
 
-def epochs_of(run: Result) -> str:
-    """How many epochs it was trained and, where it was shortened, of how many, in digits."""
+def full_epochs(run: Result) -> int:
+    """For how many epochs such a run is trained if it isn't shortened."""
     training = run.recipe.get("training", "reference")
     full = TRAININGS[training].epochs if training in TRAININGS else None
-    full = full or RECIPES.get(run.job, RECIPES["student"]).epochs
+    return full or RECIPES.get(run.job, RECIPES["student"]).epochs
+
+
+def epochs_of(run: Result) -> str:
+    """How many epochs it was trained and, where it was shortened, of how many, in digits."""
+    full = full_epochs(run)
     return f"{len(run.epochs)} of {full}" if len(run.epochs) < full else str(len(run.epochs))
 
 

@@ -145,6 +145,8 @@ class Blocks:
         # A design of rows and seeds that are linked has one column too many.
         freedom = len(cells) - (design.shape[1] - 1)
         self.spread = _spread(float(((top1 - design @ self._worth) ** 2).sum()), freedom)
+        if self.spread and not self.spread.deviation:  # by chance alone: what rounding to whole images has
+            self.spread = Spread(100 / rows.any_run.data["test_images"] / math.sqrt(12), freedom)
 
     def difference(self, ours: str, theirs: str) -> tuple[float, float]:
         """One row less the other, in points; and its standard error where a run's spread is 1 point."""
@@ -214,10 +216,12 @@ def uneven(rows: Rows) -> tuple[str, float] | None:
 
 def chance_to_find(gain: float, error: float, freedom: int, comparisons: int) -> float:
     """The probability that a true gain is found by the t test, as the clearest of so many comparisons."""
-    from scipy.special import nctdtr
+    from scipy.special import chdtri, ndtr
 
-    limit = _t_quantile(1 - LEVEL / 2 / comparisons, freedom)
-    return float(1 - nctdtr(freedom, gain / error, limit) + nctdtr(freedom, gain / error, -limit))
+    limit, distance = _t_quantile(1 - LEVEL / 2 / comparisons, freedom), gain / error
+    # The mean over the spreads that may be seen: SciPy's noncentral t distribution is NaN for many such values.
+    limits = limit * numpy.sqrt(chdtri(freedom, (numpy.arange(5000) + 0.5) / 5000) / freedom)
+    return float((ndtr(distance - limits) + ndtr(-distance - limits)).mean())
 
 
 def smallest_to_find(error: float, freedom: int, comparisons: int) -> float:

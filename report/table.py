@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from recipes import RECIPES, described
-from report.findings import Judged, claim_pairs, claims_section, findings, p_value
+from report.findings import Judged, claim_pairs, claims_section, findings, p_value, unlike
 from report.results import (
     CHOSEN_BY_TEST,
     CHOSEN_NOTE,
+    LENGTH,
     SETUP,
     Result,
     Rows,
@@ -21,6 +22,7 @@ from report.results import (
     made_by,
     made_on,
     marked,
+    otherwise,
 )
 from report.statistics import (
     LEVEL,
@@ -168,7 +170,8 @@ def _notes(rows: Rows, judged: Judged) -> list[str]:
     batches = math.ceil(n / 256)
     whose = " of the same network and training" * (len(rows.kinds) > 1)
     notes = [
-        f"top-1 and top-5 are percentages of the test images; gain: over the student{whose}, in points of top-1.",
+        "top-1 and top-5 are percentages of the test images; gain: over the student"
+        f"{whose}{_named_students(rows, judged)}, in points of top-1.",
         "Test Loss is the sum over batches of 256 test images of each batch's mean CE, divided by the number of test "
         f"images: about mean CE / 256 on a large test set; here {batches} batches for {n:,} images, so about mean CE / "
         f"{n / batches:.0f}.{_order_note(rows) * (n % 256 > 0)}",
@@ -183,6 +186,18 @@ def _notes(rows: Rows, judged: Judged) -> list[str]:
     if not rows.are_a_check:
         notes.append("docs/losses.md says which rows follow the original code, and which a line of text.")
     return notes + _gain_notes(rows, judged) + _held_out_notes(rows) + _unlike_notes(rows) + _departure_notes(rows)
+
+
+def _named_students(rows: Rows, judged: Judged) -> str:
+    """Which rows the gains are over, in brackets; "" if it is the row "student" alone."""
+    over: dict[str, list[str]] = {}
+    for name, student in student_pairs(rows):
+        if (name, student) in judged:
+            over.setdefault(student, []).append(name)
+    if over.keys() <= {"student"}:
+        return ""
+    told = [f"{student} for {', '.join(names)}" if len(over) > 1 else student for student, names in over.items()]
+    return f" ({'; '.join(told)})"
 
 
 def _order_note(rows: Rows) -> str:
@@ -300,6 +315,11 @@ def _unlike_notes(rows: Rows) -> list[str]:
         if len(by_value) > 1:
             which = "; ".join(f"{value}: {', '.join(names)}" for value, names in by_value.items())
             notes.append(f"**Not the same {what} in all rows**, which they differ by as well: {which}.")
+    if mixed := [name for name in rows if otherwise(rows[name], rows[name], SETUP | LENGTH)]:
+        notes.append(f"**Not trained alike in all of its own seeds: {', '.join(mixed)}.** The mean tells nothing.")
+    pairs = [pair for pair in student_pairs(rows) if not {*mixed} & {*pair}]
+    if others := [name for name, student in pairs if "epochs" in unlike(rows, name, student)]:
+        notes.append(f"**Not trained as long as the student it is compared with: {', '.join(others)}.**")
     return notes
 
 

@@ -7,6 +7,7 @@ import json
 import runpy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -690,6 +691,42 @@ def test_what_so_few_seeds_can_show():
     assert statistics.chance_to_find(statistics.smallest_to_find(0.4, 4, 7), 0.4, 4, 7) == pytest.approx(0.8, abs=2e-3)
 
 
+@pytest.mark.parametrize("freedom", [1, 2, 6, 24])
+@pytest.mark.parametrize("comparisons", [1, 2, 13])
+def test_what_seeds_can_show_is_a_probability_that_grows_with_the_gain(freedom, comparisons):
+    found = [statistics.chance_to_find(gain / 4, 0.05, freedom, comparisons) for gain in range(30)]
+    assert found == sorted(found) and found[0] == pytest.approx(0.05 / comparisons, rel=0.02) and found[-1] <= 1
+    smallest = statistics.smallest_to_find(0.05, freedom, comparisons)
+    assert statistics.chance_to_find(smallest, 0.05, freedom, comparisons) == pytest.approx(0.8, abs=2e-3)
+
+
+def test_equal_gains_by_chance_have_an_interval(tmp_path):
+    for seed in range(2):
+        put_images(tmp_path, STUDENT, "xx" * 20 + "-" * 20, seed)
+        put_images(tmp_path, KD, "xx" * 20 + "xx" + "-" * 18, seed)
+    low, high = gains(results.read(tmp_path))[KD].interval
+    assert low < 100 / 30 - 0.1 and high > 100 / 30 + 0.1
+
+
+def test_the_table_names_the_students_that_its_gains_are_over(tmp_path):
+    for name, rate in {"mine": 0.1, "fast": 0.5}.items():
+        put(tmp_path, STUDENT, 59.0, recipe={"learning_rate": rate}, name=name).rename(tmp_path / f"{name}_seed0.json")
+    put(tmp_path, KD, 60.0, recipe={"learning_rate": 0.1})
+    assert "gain: over the student (mine), in points" in report_text(tmp_path)
+    put(tmp_path, "distillation_KMJ1", 61.0, recipe={"learning_rate": 0.5, "epochs": 50, "scheduler_step": 20})
+    assert "(mine for distillation; fast for distillation_KMJ1), in" in report_text(tmp_path)
+
+
+def test_rows_trained_for_other_epochs_are_named(tmp_path):
+    put(tmp_path, STUDENT, 59.0, epochs=10)
+    put(tmp_path, KD, 60.0, epochs=10)
+    assert "**Not trained" not in report_text(tmp_path)
+    put(tmp_path, LDH6, 62.0, epochs=3)
+    assert "**Not trained as long as the student it is compared with: distillation_LDH6.**" in report_text(tmp_path)
+    put(tmp_path, LDH6, 62.0, 1, epochs=10)
+    assert "**Not trained alike in all of its own seeds: distillation_LDH6.**" in report_text(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("gain", "seeds", "images", "within"), [(0, 8, 40, True), (0, 2, 40, False), (1, 8, 40, False)]
 )
@@ -868,6 +905,18 @@ def test_a_teacher_without_a_row_is_drawn(tmp_path, monkeypatch):
     put(tmp_path, KD, 60.0, dataset="folder", teacher_top1=95.0)
     plots.top1_plot(results.read(tmp_path))
     assert "teacher, 95.00, off this axis" in texts()
+    put(tmp_path, "distillation_KMJ1", 60.0, dataset="folder", teacher_top1=96.0)
+    plots.top1_plot(results.read(tmp_path))
+    assert "teacher, 95.00 and 96.00, off this axis" in texts()  # one text: two would lie upon each other
+
+
+def test_one_test_image_has_a_plot(tmp_path):
+    for job in (STUDENT, KD):
+        for seed in range(2):
+            put_images(tmp_path, job, "-", seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plots.top1_plot(results.read(tmp_path))
 
 
 def test_the_references_diamonds_say_how_long_it_was_trained(tmp_path, monkeypatch):
