@@ -32,8 +32,8 @@ import models
 from models import TITLES
 from util import parsed, runstate
 from util.bounds import IMAGE_SIDE, MEAN, STD
-from util.files import replacing, sha256
-from util.runtime import UserError, say
+from util.files import ensure_regular, replacing, sha256
+from util.runtime import UserError, is_out_of_memory, say
 
 OTHER = "network of another kind"
 
@@ -266,6 +266,7 @@ def _is_sealed(content: bytes) -> bool:
 def _opened(path: Path, hint: str) -> tuple[Any, About | None, bytes]:
     """What the file holds, its about.json, and its bytes. Raises UserError as `read` does."""
     try:
+        ensure_regular(path)
         content = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; {hint}") from None
@@ -280,7 +281,9 @@ def _opened(path: Path, hint: str) -> tuple[Any, About | None, bytes]:
         raise UserError(f"{path} {refused or f'is damaged, or not a checkpoint of PyTorch; {hint}'}") from None
     except _Flawed as error:
         raise UserError(f"{path} is damaged: {error}; {hint}") from None
-    except Exception:  # unzipping, unpickling and rebuilding tensors raise whatever the bytes lead them to
+    except Exception as error:  # unzipping, unpickling and rebuilding tensors raise whatever the bytes lead them to
+        if is_out_of_memory(error):
+            raise UserError(f"{path} can't be read: it takes more memory than there is") from None
         what = "a safetensors file" if _is_safetensors(content, path.suffix) else "not a checkpoint of PyTorch"
         joined = "damaged (cut short?): " if what.startswith("a ") else "damaged (cut short?), or "
         raise UserError(f"{path} is {joined}{what}; {hint}") from None

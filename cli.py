@@ -25,6 +25,7 @@ from util import files, processes, runtime, scalars
 from util.bounds import IMAGE_SIDE, MEAN, STD, Bound
 from util.processes import Lost, NotJoined
 from util.runtime import Diverged, Runtime, Stopped, UserError, say
+from util.text import printable
 
 SEED = Bound(int, "a whole number from 0 to 2^32 - 1", lambda x: 0 <= x < 2**32)
 BELOW_1 = Bound(float, "a number from 0 to below 1", lambda x: 0 <= x < 1)
@@ -86,6 +87,11 @@ def path(text: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError:  # ~ of nobody
         raise argparse.ArgumentTypeError(f"{text}: there is no such home folder") from None
+
+
+def weights(text: str) -> str:
+    """An argparse type, for --weights: "auto", "imagenet", "none", or a file."""
+    return text if text in ("auto", "imagenet", "none") else str(path(text))
 
 
 def run_name(text: str) -> str:
@@ -173,7 +179,7 @@ def add_network_flags(parser: Parser) -> None:
 def add_weights_flag(parser: Parser, default: str) -> None:
     """The flag of the scripts that train one network."""
     parser.add_argument(
-        "--weights", default="auto", metavar="FILE",
+        "--weights", type=weights, default="auto", metavar="FILE",
         help=f"what it starts from: imagenet, none, or a FILE (a state_dict); default: {default}",
     )  # fmt: skip
 
@@ -644,23 +650,34 @@ def _code(main: Callable[[], None], go_on: str) -> int:
         code = 2
         _say_error(f"{name}: error: {error}", alone=isinstance(error.__cause__, NotJoined))
         processes.await_main()
+    except (MemoryError, RuntimeError, OSError, Lost) as error:
+        if runtime.is_out_of_memory(error) or runtime.is_out_of_memory(error.__cause__):
+            code, line = 2, runtime.memory_line(error)
+        elif isinstance(error, Lost):
+            code, line = 1, f"another process of this run is gone ({error}); its state is kept"
+        elif isinstance(error, OSError) and error.filename is not None:  # a file that is not as it should be
+            code, line = 2, f"{printable(error.filename)}: {error.strerror}"
+        else:
+            raise
+        _say_error(f"{name}: error: {line}")
+        if code == 2:
+            processes.await_main()
     except Diverged as error:
         code = 1
         _say_error(f"{name}: error: {error}; no checkpoint was written")
         processes.await_main()
-    except Lost as error:
-        code = 1
-        _say_error(f"{name}: error: another process of this run is gone ({error}); its state is kept")
     except Stopped as error:
         # By name, as Python has no such signal on Windows.
         code = 0 if signal.Signals(error.number).name == "SIGUSR1" else 128 + error.number
         command = sys.argv
         if error.path.exists():  # else no state is there yet, and what the flags ask for is still to do
             command = [arg for arg in sys.argv if arg not in ("--resume", "--overwrite")] + [go_on] * bool(go_on)
-        say(f"\n{name}: interrupted; go on with: python {shlex.join(command)}")
+        say("")
+        say(f"{name}: interrupted; go on with: python {shlex.join(command)}")
     except KeyboardInterrupt:
         code = 130
-        say(f"\n{name}: interrupted; no checkpoint was written")
+        say("")
+        say(f"{name}: interrupted; no checkpoint was written")
     return code
 
 

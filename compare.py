@@ -25,6 +25,7 @@ from report.side_by_side import Runs
 from util import files, runtime
 from util.images import ImageFiles
 from util.runtime import UserError, say
+from util.text import printable
 
 ON_A_SHEET = 48  # images
 LETTERS = 26  # by which a sheet names the runs
@@ -86,12 +87,15 @@ def read(names: list[str], folder: Path) -> Runs:
     results = [Result.read(path) for path in paths]
     short = [f"{result.name}_seed{result.seed}" for result in results]
     unique = len({*short}) == len(short)
-    return dict(zip(short if unique else map(str, paths), results, strict=True))
+    return dict(zip(short if unique else map(printable, paths), results, strict=True))
 
 
 def find(name: str, folder: Path) -> Path:
     """The file of the result of that name. Raises UserError, which tells of near names or of the run's seeds."""
-    path = cli.path(name)
+    try:
+        path = cli.path(name)
+    except ArgumentTypeError as error:  # ~ of nobody
+        raise UserError(str(error)) from None
     if path.is_file() and path.suffix != ".json":
         raise UserError(f"{name} is no result; give a result's JSON, or the name of a run in {folder}")
     if path.is_file():

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,7 +23,8 @@ import torch
 from torchvision import datasets
 
 from mixing import Draw, Mixed, Mixing
-from util import cifar, files
+from util import cifar, files, parsed
+from util.bounds import MEAN, STD
 from util.images import (
     TEST,
     Found,
@@ -534,6 +534,10 @@ def _images(name: str, found: Found, size: int, stream: bool, trained: TrainedWi
         raise UserError(
             f"{printable(found.root)} has one class alone, {own[0]}; to tell apart there must be two at least"
         )
+    if too_long := [name for name in classes if len(name) > parsed.LONGEST]:
+        raise UserError(
+            f"{printable(found.root)}: a class's name has more than {parsed.LONGEST} letters: {too_long[0][:80]}..."
+        )
     number = {label: index for index, label in enumerate(classes)}
     if any(label not in number for _, label in listing.get("train", ())):  # another data set's, to test on alone
         listing = {"test": listing["test"]}
@@ -582,7 +586,7 @@ def _measured(
     paths: dict[str, list[Path | Row]], labels: dict[str, torch.Tensor], size: int, path: Path, key: str
 ) -> Measured:
     """From one pass over the files, or as kept in `path` since the last one, where nothing changed."""
-    measured = _read_measured(path, key)
+    measured = _read_measured(path, key, {part: len(own) for part, own in paths.items()})
     if measured is None:
         measured = _measure({part: Split(ImageFiles(paths[part], size), labels[part]) for part in paths})
         digests = {part: base64.b64encode(own).decode() for part, own in measured.digests.items()}
@@ -593,14 +597,23 @@ def _measured(
     return measured
 
 
-def _read_measured(path: Path, key: str) -> Measured | None:
+def _read_measured(path: Path, key: str, counts: dict[str, int]) -> Measured | None:
+    """What `_measured` kept of so many images in each part; None where it is missing, damaged or of others."""
+    checks = {
+        "key": lambda value: value == key,
+        "mean": parsed.list_of(MEAN.fits, 3, 3),
+        "std": parsed.list_of(STD.fits, 3, 3),
+        "fingerprints": parsed.list_of(parsed.text, 2, 2),
+        "digests": lambda value: parsed.a_dict(value) and value.keys() == counts.keys(),
+    }
     try:
-        kept = files.unsealed(json.loads(path.read_text()))
-        if kept["key"] != key:
+        files.ensure_regular(path)
+        kept = files.unsealed(parsed.loads(path.read_bytes()))
+        if parsed.flaw(kept, checks, checks):
             return None
         digests = {
-            part: np.frombuffer(base64.b64decode(own), np.uint8).reshape(-1, 16)
-            for part, own in kept["digests"].items()
+            part: np.frombuffer(base64.b64decode(kept["digests"][part]), np.uint8).reshape(count, 16)
+            for part, count in counts.items()
         }
         return Measured(tuple(kept["mean"]), tuple(kept["std"]), Fingerprints(*kept["fingerprints"]), digests)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):

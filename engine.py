@@ -19,7 +19,7 @@ from outputs import Outputs
 from util.graphs import Graphed
 from util.processes import Processes
 from util.runstate import Keeper, State
-from util.runtime import Diverged, Runtime, has_fused, widest
+from util.runtime import Diverged, Runtime, UserError, has_fused, is_out_of_memory, widest
 
 STEPS = 3  # the purpose of random numbers, beside those of data.py and mixing.py
 TEST_LOSS_BATCH = 256  # Test Loss is defined over batches of this many images
@@ -302,18 +302,24 @@ def _restore(
     optimiser: torch.optim.Optimizer,
     runtime: Runtime,
 ) -> Position:
-    network.load_state_dict(state["network"])
-    objective.load_state_dict(state["parts"])
-    optimiser.load_state_dict(state["optimiser"])
-    torch.set_rng_state(state["random"])
-    if _accelerator(runtime) and state.get("random_device") is not None:  # which older states don't have
-        _accelerator(runtime).set_rng_state(state["random_device"])
-    at = Position(**state["position"])
-    # The sums are of all processes, so one alone goes on with them.
-    mine = float(runtime.processes.main)
-    where = runtime.device if widest(runtime.device) == torch.float64 else "cpu"
-    at.totals = {name: total.to(where) * mine for name, total in at.totals.items()}
-    at.over_batches = torch.as_tensor(at.over_batches, dtype=torch.float64, device=where) * mine
+    try:
+        network.load_state_dict(state["network"])
+        objective.load_state_dict(state["parts"])
+        optimiser.load_state_dict(state["optimiser"])
+        torch.set_rng_state(state["random"])
+        if _accelerator(runtime) and state.get("random_device") is not None:  # which older states don't have
+            _accelerator(runtime).set_rng_state(state["random_device"])
+        at = Position(**state["position"])
+        # The sums are of all processes, so one alone goes on with them.
+        mine = float(runtime.processes.main)
+        where = runtime.device if widest(runtime.device) == torch.float64 else "cpu"
+        at.totals = {name: total.to(where) * mine for name, total in at.totals.items()}
+        at.over_batches = torch.as_tensor(at.over_batches, dtype=torch.float64, device=where) * mine
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"the run's state does not fit the run ({reason}); start over with --overwrite") from error
     return at
 
 

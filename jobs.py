@@ -25,7 +25,7 @@ from outputs import Outputs
 from recipes import RECIPES, TRAININGS, Recipe, described, milestones, warmup_epochs
 from report.results import Result, epochs_csv
 from teacher import Normalisation, Teacher
-from util import environment, runstate
+from util import environment, parsed, runstate
 from util.convolution import replace_all
 from util.files import ensure_writable, remove_leftovers, replacing, sha256
 from util.graphs import Graphed, possible
@@ -310,8 +310,10 @@ def _refuse_other_state(
     """Raise UserError for another run's state. One of fewer epochs is this run's where nothing depends on them."""
     path, epochs = paths(recipe, setup).state, () if _scheduled(recipe) else ("recipe.epochs",)
     advice = "give the same, or " + ("start over with --overwrite" if setup.overwrites else "move it away")
+    runstate.ensure_whole(state, path)
     refuse_difference(state["identity"], now, path, advice, (*epochs, *untold))
-    if (before := state["identity"]["recipe"]["epochs"]) > recipe.epochs:
+    before = state["identity"]["recipe"].get("epochs")
+    if not (parsed.whole(1)(before) and before <= recipe.epochs):
         found = f"recipe.epochs: {before} there, {recipe.epochs} now"
         raise UserError(f"{path} comes from other settings ({found}); {advice}")
 

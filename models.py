@@ -13,7 +13,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 import library_models
 from benchmark_models import ARCHITECTURES
 from outputs import STAGES, Outputs, PooledClassifier, Shapes
-from util.runtime import Unsuited, UserError
+from util.runtime import Unsuited, UserError, is_out_of_memory
 
 TEACHER_MAP = 2048  # channels of the teacher's last feature map
 STUDENT_MAP = 512  # and of the student's
@@ -258,6 +258,8 @@ def shapes(network: nn.Module, image_size: int, n_images: int) -> Shapes:
     try:
         outputs = probe(torch.zeros(1, 3, image_size, image_size, device=weight.device, dtype=weight.dtype))
     except (RuntimeError, AssertionError, ValueError) as error:  # whatever a layer says that gets no pixels
+        if is_out_of_memory(error):
+            raise
         reason = str(error).strip().partition("\n")[0]
         pixels = f"{image_size}x{image_size} pixels"
         raise UserError(f"a network can't take images of {pixels} ({reason}); choose another size or network") from None

@@ -94,7 +94,7 @@ def parse() -> argparse.Namespace:
         help="its checkpoint; default: that of the job teacher in <checkpoint_dir>, trained here first",
     )  # fmt: skip
     parser.add_argument(
-        "--weights", default="auto",
+        "--weights", type=cli.weights, default="auto",
         help="the teacher's start: imagenet (default, where there are any), none, or a FILE",
     )  # fmt: skip
     cli.add_network_flags(parser)

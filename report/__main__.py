@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import report
-from util.runtime import UserError, say
+from util.runtime import UserError, is_out_of_memory, lasting_output, say
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,12 +27,17 @@ def main() -> None:
     parser = Parser(prog="report", description="A folder of results as a table, a CSV and plots.", allow_abbrev=False)
     parser.add_argument("results_dir", help="the folder of the runs' JSONs")
     parser.add_argument("--claims", action="store_true", help="add what the runs say of the reference's claims")
-    args = parser.parse_args()
-    try:
-        for path in report.write(_path(args.results_dir), args.claims):
-            say(f"wrote {path}")
-    except UserError as error:
-        parser.error(str(error))
+    with lasting_output():
+        args = parser.parse_args()
+        try:
+            for path in report.write(_path(args.results_dir), args.claims):
+                say(f"wrote {path}")
+        except UserError as error:
+            parser.error(str(error))
+        except (MemoryError, RuntimeError, OSError) as error:
+            if not is_out_of_memory(error):
+                raise
+            parser.error(f"out of memory ({error}); the folder holds too many runs, or too large ones")
 
 
 def _path(text: str) -> Path:

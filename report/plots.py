@@ -3,6 +3,7 @@
 import io
 import math
 import statistics
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from recipes import RECIPES
 from report.results import CHOSEN_BY_TEST, CHOSEN_NOTE, Result, Rows, data_title, length, marked
 from report.statistics import Interval, noise, own_intervals
 from report.suite import Suite
+from util.text import printable
 
 # Okabe and Ito's colours, which the colour-blind tell apart (https://jfly.uni-koeln.de/color/).
 BLACK, ORANGE, SKY, GREEN = "#000000", "#e69f00", "#56b4e9", "#009e73"
@@ -432,7 +434,7 @@ def _cut(name: str, longest: int) -> str:
 
 
 def _plain(text: str) -> str:
-    return text.replace("$", r"\$")  # which would begin a formula
+    return printable(text).replace("$", r"\$")  # which would begin a formula
 
 
 def _figure(height: float):
@@ -446,7 +448,9 @@ def _png(figure) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     file = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(file)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a letter that the font lacks is drawn as a box
+        FigureCanvasAgg(figure).print_png(file)
     return file.getvalue()
 
 

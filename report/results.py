@@ -3,11 +3,10 @@
 import base64
 import csv
 import io
-import json
 import re
 import statistics
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from types import UnionType
@@ -16,8 +15,10 @@ from typing import Any, TypedDict, get_args, get_origin, get_type_hints, is_type
 import numpy
 
 from recipes import RECIPES, TRAININGS
-from util.files import write_json
+from util import parsed
+from util.files import ensure_regular, write_json
 from util.runtime import UserError
+from util.text import in_markdown, printable
 
 NAMES = "*_seed*.json"
 
@@ -205,13 +206,19 @@ class Result:
 
     @classmethod
     def read(cls, path: Path) -> "Result":
-        """The result in the file, checked. Raises UserError where it can't be read, is damaged, or is not whole."""
+        """The result in the file, checked, its text printable.
+
+        Raises UserError where it can't be read, is damaged, is not whole, or tells what can't be.
+        """
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            ensure_regular(path)
+            values = _mapped(parsed.loads(path.read_bytes()), printable)
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from None
-        except (ValueError, RecursionError):
-            raise UserError(f"{path} is damaged (cut short?), not JSON; delete it and run its job again") from None
+        except ValueError:
+            raise UserError(
+                f"{path} is damaged (cut short?), not JSON of finite numbers; delete it and run its job again"
+            ) from None
         flaw = "the whole" if not isinstance(values, dict) else ""
         if not flaw:
             values.setdefault("name", values.get("job"))
@@ -221,6 +228,11 @@ class Result:
         values["data"].setdefault("val_images", 0)
         values["recipe"].setdefault("weight", 1.0)
         return cls(**{part.name: values[part.name] for part in fields(cls) if part.name in values})
+
+    def in_markdown(self) -> "Result":
+        """The same, its text escaped for Markdown, but for the command, which stands as code."""
+        names = [part.name for part in fields(self) if part.name not in ("command", "epochs", "test")]
+        return replace(self, **{name: _mapped(getattr(self, name), in_markdown) for name in names})
 
     def write(self, path: Path) -> None:
         """Write it as JSON, whole or not at all. Raises UserError."""
@@ -266,6 +278,12 @@ class Result:
 
 class Rows(dict[str, dict[int, Result]]):
     """Name -> seed -> result: the rows of recipes.py in its order, then runs with own names; seeds ascending."""
+
+    def in_markdown(self) -> "Rows":
+        """The same rows, their text escaped for Markdown."""
+        return type(self)(
+            {name: {seed: run.in_markdown() for seed, run in seeds.items()} for name, seeds in self.items()}
+        )
 
     def runs(self) -> Iterator[Result]:
         """Every run, row by row."""
@@ -555,20 +573,60 @@ def _filled_list(value: Any) -> bool:
     return isinstance(value, list) and len(value) > 0
 
 
-def _is_number(value: Any) -> bool:
-    """Whether it is a finite number that a float can hold; True and False are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+_is_number = parsed.number()
+
+
+def _is_name(value: Any) -> bool:
+    """Whether it is what a job, a run or a setting may be called: text without any markup."""
+    return isinstance(value, str) and 0 < len(value) <= 300 and in_markdown(value) == value
+
+
+def _is_recipe(value: dict[str, Any]) -> bool:
+    return all(map(_is_name, value)) and not parsed.flaw(
+        value, dict.fromkeys(("epochs", "batch_size"), parsed.whole(1))
+    )
+
+
+PERCENT, NOT_NEGATIVE, COUNT = parsed.number(0, 100 + 1e-6), parsed.number(-1e-6), parsed.whole(1)
+# What figures and names may be, besides their types; each part of the result by its name.
+RANGES: dict[str, dict[str, parsed.Check]] = {
+    "": {
+        **dict.fromkeys(("job", "name", "dataset"), _is_name),
+        "seed": parsed.whole(0, 2**32 - 1),
+        "suite": lambda value: re.fullmatch(r"[\w.]{0,100}", value) is not None,  # a part of a file's name
+        "recipe": _is_recipe,
+        "teacher_top1": lambda value: value is None or PERCENT(value),
+        "processes": COUNT,
+        **dict.fromkeys(("seconds", "images_per_second", "extra_parameters", "peak_memory"), NOT_NEGATIVE),
+    },
+    "data": {
+        **dict.fromkeys(("train_images", "test_images", "classes", "image_size"), COUNT),
+        "val_images": parsed.whole(0),
+    },
+    "test": {**dict.fromkeys(("top1", "top5"), PERCENT), **dict.fromkeys(("test_loss", "mean_ce"), NOT_NEGATIVE)},
+    "claimed": {"top1": PERCENT, "epochs": COUNT},
+}
+EPOCH_RANGES = {
+    **dict.fromkeys(("train_top1", "val_top1"), PERCENT),
+    **dict.fromkeys(("seconds", "learning_rate", "val_loss"), NOT_NEGATIVE),
+}
 
 
 def _impossible(values: dict[str, Any]) -> str:
     """The name of the first figure of a result, otherwise whole, that can't be; "" where all can."""
-    data, test = values["data"], values["test"]
-    bad = [name for name in ("train_images", "test_images", "classes", "image_size") if data[name] < 1]
+    data, test, epochs = values["data"], values["test"], values["epochs"]
     teacher = values.get("teacher")
     told = teacher and isinstance(teacher.get("sha256"), str) and values["teacher_top1"] is not None
-    bad += ["teacher"] * (teacher is not None and not told)
-    bad += ["suite"] * (not re.fullmatch(r"[\w.]*", values.get("suite", "")))  # of which a file's name is made
-    bad += [name for name in ("top1", "top5") if not 0 <= test[name] <= 100]
+    bad = ["teacher"] * (teacher is not None and not told)
+    parts = {part: values[part] if part else values for part in RANGES if not part or values.get(part)}
+    bad += [parsed.flaw(part, RANGES[name]) for name, part in parts.items()]
+    bad += [parsed.flaw(epoch, EPOCH_RANGES) for epoch in epochs]
+    in_order = all(epoch["epoch"] == number for number, epoch in enumerate(epochs, 1))
+    whole = len(epochs) == values["recipe"]["epochs"] and in_order
+    bad += ["epochs"] * (not (whole and all(_is_name(name) for epoch in epochs for name in epoch)))
+    bad += ["top5"] * (test["top5"] < test["top1"] - 1e-6)
+    bad += ["images"] * (test.get("images", data["test_images"]) != data["test_images"])
+    bad = [*filter(None, bad)]
     if not bad and "correct" in test:
         try:
             right = _unpacked(test["correct"], data["test_images"])
@@ -577,6 +635,15 @@ def _impossible(values: dict[str, Any]) -> str:
         if abs(100 * right.mean() - test["top1"]) > 1e-6:
             bad.append("correct")
     return next(iter(bad), "")
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """The value, of JSON's types, with each text in it changed."""
+    if isinstance(value, dict):
+        return {change(key): _mapped(part, change) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_mapped(part, change) for part in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def _unpacked(text: str, images: int) -> numpy.ndarray:

@@ -182,7 +182,7 @@ def _in_order(suite: Suite) -> Suite:
 
 def markdown(suites: Iterable[Suite]) -> str:
     """SUITE.md."""
-    return "\n\n".join(["# Losses side by side", *map(_section, suites)]) + "\n"
+    return "\n\n".join(["# Losses side by side", *(_section(suite.in_markdown()) for suite in suites)]) + "\n"
 
 
 def _section(suite: Suite) -> str:

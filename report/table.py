@@ -72,6 +72,7 @@ MCNEMAR = "McNemar p (these two runs)"
 
 def markdown(rows: Rows, with_claims: bool = False) -> str:
     """RESULTS.md."""
+    rows = rows.in_markdown()
     judged = judge(rows, [*student_pairs(rows), *(claim_pairs(rows) if with_claims else [])])
     parts = [
         f"# Results on {data_title(rows.any_run)}, {length(rows)}",
@@ -120,7 +121,7 @@ def lines_as_table(lines: list[dict[str, str]], always: list[str]) -> str:
     """A Markdown table of the lines' cells under their titles; `always`: those shown even where all cells are empty."""
     titles = [title for title in lines[0] if any(line[title] for line in lines) or title in always]
     table = [titles, ["---"] + ["---:"] * (len(titles) - 1)]
-    table += [[line[title].replace("|", "\\|") for title in titles] for line in lines]
+    table += [[line[title] for title in titles] for line in lines]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
 
 

@@ -196,6 +196,7 @@ def test_a_file_without_the_right_to_read_it(tmp_path, monkeypatch):
     def fail(self):
         raise PermissionError(errno.EACCES, "Permission denied")
 
+    (tmp_path / "x.pth").touch()
     monkeypatch.setattr(Path, "read_bytes", fail)
     refused(tmp_path / "x.pth", "cannot read .*x.pth: Permission denied")
 
@@ -216,6 +217,7 @@ def test_one_bit_flipped(saved, tmp_path, part):
 
 def read_mutants(content, path):
     """What each mutant of a file of that path reads as, None for a refusal; nothing else may come of it."""
+    path.touch()
     for mutant in mutations(content, 3000):
         try:
             with unittest.mock.patch.object(Path, "read_bytes", lambda self, mutant=mutant: mutant):

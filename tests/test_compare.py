@@ -44,7 +44,7 @@ def test_settings_figures_and_mcnemar(script, folder):
     assert found["teacher.sha256"] == ["-", "ab"]
     same = {"dataset", "data.classes", "seed", "precision", "recipe.learning_rate", "versions.torch", "weights"}
     assert not (same | {"recipe.job", "name", "command", "checkpoint"}) & found.keys()
-    assert found["top-1, %"] == ["80.00", "95.00"] and found["top-5, %"] == ["85.00", "85.00"]
+    assert found["top-1, %"] == ["80.00", "95.00"] and found["top-5, %"] == ["85.00", "95.00"]
     assert found["Test Loss"] == ["0.01058444"] * 2
     assert found["test images"] == ["20", "20"]
     assert found["points of top-1"] == ["-", "+15.00"]

@@ -2,12 +2,16 @@
 
 import errno
 import os
+import socket
 import sys
 from pathlib import Path
 
 import pytest
 
-from util import files
+import checkpoint
+import data
+from report import results
+from util import files, images, runstate
 from util.runtime import UserError
 
 
@@ -159,3 +163,32 @@ def test_a_lock_that_is_held_says_who_holds_it(tmp_path, monkeypatch, number):
     with pytest.raises(files.Locked, match="process 7 on there"), files.locked(tmp_path / "lock"):
         pass
     assert Path(tmp_path / "lock").read_text() == "process 7 on there"
+
+
+def a_pipe(path):
+    os.mkfifo(path)
+
+
+def a_socket(path):
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+
+
+READERS = {
+    "x.pth": lambda path: checkpoint.read(path, ""),
+    "x_seed0.json": results.Result.read,
+    "x.state": runstate.load,
+    "x.png": lambda path: images.read_image(path, 8),
+    "x.csv": lambda path: data.load("csv", path.parent),
+    "train-0.parquet": lambda path: data.load("parquet", path.parent),
+}
+
+
+@pytest.mark.parametrize("make", [a_pipe, a_socket, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])
+@pytest.mark.parametrize("name", READERS)
+def test_what_is_no_regular_file_is_refused(tmp_path, monkeypatch, name, make):
+    """It neither hangs nor fills the memory."""
+    monkeypatch.chdir(tmp_path)  # a socket's path must be short
+    make(Path(name))
+    with pytest.raises(UserError, match=name):
+        READERS[name](tmp_path / name)

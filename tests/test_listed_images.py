@@ -330,6 +330,22 @@ def test_what_is_wrong_with_parquet_files_is_told(tree, rows, repo, monkeypatch,
     ):
         pq.write_table(pa.table(table), path)
         told(message)
+    image, label = [b"x"], pa.array([1])
+    names = {b"huggingface": b'{"info": {"features": {"label": {"names": 5}}}}'}
+    for column, metadata, message in (
+        (pa.array([image], pa.list_(pa.binary())), None, "image holds no encoded images, but list<"),
+        (pa.array([{"data": b"x"}], pa.struct([("data", pa.binary())])), None, "no encoded images, but struct<"),
+        (
+            pa.array([{"bytes": image}], pa.struct([("bytes", pa.list_(pa.binary()))])),
+            None,
+            "no encoded images, but list<",
+        ),
+        (pa.array([[("k", b"x")]], pa.map_(pa.string(), pa.binary())), None, "no encoded images, but map<"),
+        (pa.array(["x"]), None, "no encoded images, but string"),
+        (pa.array(image), names, "names of the classes of column label are no list of names"),
+    ):
+        pq.write_table(pa.table({"image": column, "label": label}).replace_schema_metadata(metadata), path)
+        told(message)
     path.write_bytes(whole[:-20])
     told("cannot read .*train-00000-of-00002.parquet: .*; mend or remove it")
     middle = whole[:200] + bytes(200) + whole[400:]

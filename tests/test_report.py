@@ -4,6 +4,7 @@ import ast
 import base64
 import csv
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from matplotlib.text import Text
 
 import report
 from recipes import RECIPES, described, under
-from report import findings, plots, results, statistics, table
+from report import findings, plots, results, side_by_side, statistics, table
 from report.results import Result
 from util.runtime import UserError
 
@@ -34,9 +35,16 @@ def put(folder, job, top1, seed=0, dataset="cifar100", data=CIFAR, epochs=None, 
     """Write one run's JSON as a training run does; give its path. right: of each test image, whether it was right."""
     values = {**(described(RECIPES[job]) if job in RECIPES else {}), **dict(recipe)}
     values["epochs"] = epochs or values["epochs"]
-    test = {"top1": top1, "top5": 85.0, "test_loss": 0.01058444, "mean_ce": 2.7096, "images": data["test_images"]}
+    test = {
+        "top1": top1,
+        "top5": max(85.0, top1 or 0.0),
+        "test_loss": 0.01058444,
+        "mean_ce": 2.7096,
+        "images": data["test_images"],
+    }
     if right is not None:
-        test |= {"top1": 100 * np.mean(right), "correct": base64.b64encode(np.packbits(right)).decode()}
+        top1 = 100 * np.mean(right)
+        test |= {"top1": top1, "top5": max(85.0, top1), "correct": base64.b64encode(np.packbits(right)).decode()}
     run = {
         "job": job,
         "name": job,
@@ -383,10 +391,23 @@ def test_a_result_is_read_as_it_was_written(tmp_path):
         ({"seed": True}, "seed"),
         ({"teacher_top1": "high"}, "teacher_top1"),
         ({"seconds": None}, "seconds"),
-        ({"seconds": 10**400}, "seconds"),
+        ({"seconds": -1.0}, "seconds"),
+        ({"seed": -1}, "seed"),
+        ({"job": "a\n# forged"}, "job"),
+        ({"suite": "../x"}, "suite"),
+        ({"data": {**CIFAR, "val_images": -1}}, "val_images"),
+        ({"recipe": {**described(RECIPES[STUDENT]), "epochs": 10**14}}, "epochs"),
+        ({"recipe": {**described(RECIPES[STUDENT]), "<b>": 1}}, "recipe"),
+        ({"recipe": {**described(RECIPES[STUDENT]), "batch_size": 0}}, "recipe"),
+        ({"teacher_top1": 101.0}, "teacher_top1"),
+        ({"epochs": [{"epoch": 1, "train_loss": 1.0, "train_top1": 101.0}]}, "train_top1"),
+        ({"epochs": [{"epoch": e, "train_loss": 1.0, "train_top1": 1.0} for e in (1, 3, 2)]}, "epochs"),
+        ({"epochs": [{"epoch": 1, "train_loss": 1.0, "train_top1": 1.0, "a\nb": 1.0}]}, "epochs"),
+        ({"test": {"top1": 50.0, "top5": 40.0, "test_loss": 0.1, "mean_ce": 1.0}}, "top5"),
+        ({"test": {"top1": 50.0, "top5": 60.0, "test_loss": 0.1, "mean_ce": 1.0, "images": 7}}, "images"),
+        ({"test": {"top1": 50.0, "top5": 60.0, "test_loss": -0.1, "mean_ce": 1.0}}, "test_loss"),
         ({"epochs": []}, "epochs"),
         ({"epochs": [{"epoch": 1, "train_loss": 1.0}]}, "train_top1"),
-        ({"epochs": [{"epoch": 1, "train_loss": 1.0, "train_top1": 1.0, "kd": float("nan")}]}, "kd"),
         ({"recipe": {"network": "student"}}, "soft"),
         ({"data": {**CIFAR, "test_images": 0}}, "test_images"),
         ({"test": {"top1": 101.0, "top5": 101.0, "test_loss": 0.1, "mean_ce": 1.0}}, "top1"),
@@ -399,6 +420,33 @@ def test_a_flaw_is_named(tmp_path, change, part):
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(UserError, match=rf"is no whole result \({part} is missing or wrong\)"):
         Result.read(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**400, json.loads("[" * 60 + "]" * 60)])
+@pytest.mark.parametrize("part", ["seconds", "recipe", "notes"])
+def test_numbers_are_finite_wherever_they_are(tmp_path, part, value):
+    path = put(tmp_path, STUDENT, 59.0)
+    run = json.loads(path.read_text())
+    path.write_text(json.dumps({**run, part: {**run["recipe"], "T": value} if part == "recipe" else value}))
+    with pytest.raises(UserError, match="is damaged"):
+        Result.read(path)
+
+
+def test_text_from_elsewhere_is_no_markup(tmp_path):
+    text = "CPU\n\n# forged | <script>alert(1)</script> `x` [a](b) \x1b[2J \udce9"
+    more = {"device": text, "command": text, "versions": {"torch": text}, "batch_norm": text}
+    put_images(tmp_path, STUDENT, "x-", **more)
+    put_images(tmp_path, KD, "xx", claimed={"top1": 1.0, "source": text, "epochs": 1})
+    put_images(tmp_path, "suite_kd", "xx", suite="suite", recipe=described(RECIPES[KD]), **more)
+    report.write(tmp_path)
+    for path in tmp_path.glob("*.md"):
+        page = path.read_text(encoding="utf-8")
+        outside = [line for line in page.splitlines() if not line.startswith("    ")]  # of code
+        assert "forged" in page and not any(line.lstrip().startswith("# forged") for line in page.splitlines())
+        assert not re.search(r"<script|(?<!\\)`x|(?<!\\)\[a|\x1b|\udce9", "\n".join(outside)), path
+    assert "\x1b" not in side_by_side.text(
+        {name: Result.read(tmp_path / f"{name}_seed0.json") for name in (STUDENT, KD)}
+    )
 
 
 def test_which_images_were_right_agrees_with_the_top1(tmp_path):

@@ -14,6 +14,7 @@ import torch
 from as_processes import FORKS, environments
 from torch import nn
 
+import cli
 from outputs import Outputs
 from util import processes, runtime
 from util.processes import Processes
@@ -409,3 +410,99 @@ def test_a_time_is_taken_when_any_accelerator_is_done(monkeypatch):
     for device in (CPU, *devices):
         runtime.synchronize(device)
     assert waited == devices
+
+
+def test_control_characters_are_said_as_escapes(capsys):
+    runtime.say("a\x1b[2J\rb\nc\td\x07\x9b\u202e\udce9\ud800é")
+    assert capsys.readouterr().err == "a\\x1b[2J\\rb\\nc\\td\\x07\\x9b\\u202e\\xe9\\ud800é\n"
+
+
+def print_in(encoding, result):
+    """Print a letter that no such encoding has, and send what came of it."""
+    reader, writer = os.pipe()
+    for number in (1, 2):
+        os.dup2(writer, number)
+    os.close(writer)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding=encoding) for number in (1, 2))
+    with runtime.lasting_output():
+        print("日", flush=True)
+        runtime.say("日")
+    for number in (1, 2):
+        os.close(number)
+    result.send(os.read(reader, 1000))
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_letter_that_the_encoding_lacks_is_an_escape(encoding):
+    assert in_a_process(print_in, encoding) == b"\\u65e5\n" * 2
+
+
+# memory
+
+
+@pytest.mark.parametrize(
+    ("error", "where"),
+    [
+        (MemoryError(), "CPU"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+            "CPU",
+        ),
+        (OSError(12, "Cannot allocate memory"), "CPU"),
+        (RuntimeError("can't start new thread"), "CPU"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "GPU"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "GPU"),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), "GPU"),
+    ],
+)
+def test_out_of_memory_is_a_line_with_the_cure(error, where, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        cli.run(main)
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and f"out of memory on the {where} (" in err and err.count("\n") == 1
+    assert "a smaller --batch_size or --image_size" in err and ("--stream" in err) == (where == "CPU")
+
+
+def test_another_error_is_no_lack_of_memory():
+    for error in (RuntimeError("size mismatch"), ValueError("can't allocate"), None):
+        assert not runtime.is_out_of_memory(error)
+
+
+V1, V2 = "sys/fs/cgroup/memory", "sys/fs/cgroup"
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "left"),
+    [
+        ("0::/", {f"{V2}/memory.max": "1000", f"{V2}/memory.current": "300"}, [700]),
+        ("0::/", {f"{V2}/memory.max": "max", f"{V2}/memory.current": "300"}, []),
+        ("0::/", {f"{V2}/memory.max": "1000", f"{V2}/memory.current": "3000"}, [1]),
+        (
+            "0::/a/b",
+            {f"{V2}/a/b/memory.max": "max", f"{V2}/a/b/memory.current": "9"}
+            | {f"{V2}/a/memory.max": "500", f"{V2}/a/memory.current": "100", f"{V2}/a/memory.stat": "inactive_file 60"},
+            [460],
+        ),
+        (
+            "1:cpu:/x\n4:memory:/docker/abc",  # a name that the container itself does not see
+            {f"{V1}/memory.limit_in_bytes": "2000", f"{V1}/memory.usage_in_bytes": "500"}
+            | {f"{V1}/memory.stat": "cache 400\ntotal_inactive_file 300"},
+            [1800],
+        ),
+        ("1:cpu:/x", {f"{V2}/memory.max": "1000", f"{V2}/memory.current": "300"}, []),
+        ("0::/", {f"{V2}/memory.max": "nonsense", f"{V2}/memory.current": "300"}, []),
+        (None, {}, []),
+    ],
+)
+def test_a_containers_limit_is_the_memory_there_is(tmp_path, monkeypatch, groups, files, left):
+    for name, content in {**files, "proc/self/cgroup": groups}.items():
+        if content:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(f"{content}\n")
+    found = list(runtime._left_in_containers(tmp_path))
+    assert found == left
+    monkeypatch.setattr(runtime, "_left_in_containers", lambda: found)
+    assert runtime.free_memory(CPU) == (left[0] if left else pytest.approx(runtime.free_memory(CPU), rel=0.5))

@@ -591,6 +591,20 @@ def test_home_is_expanded_in_every_flag(script, small, tmp_path, monkeypatch):
     assert (tmp_path / "home" / "results" / "student_seed0.json").exists() and not (tmp_path / "~").exists()
 
 
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["train.py", "--model_job", "student", "--weights", "~nobody-of-this-name/a.pth"],
+        ["reproduce.py", "--weights", "~nobody-of-this-name/a.pth"],
+        ["compare.py", "~nobody-of-this-name/a", "b"],
+        ["predict.py", "--model", "~nobody-of-this-name/a.pth", "x.png"],
+    ],
+    ids=lambda args: args[0],
+)
+def test_a_home_of_nobody_is_told(script, args):
+    refused(script(*args), "~nobody-of-this-name/a", "no such home")
+
+
 # as processes
 
 

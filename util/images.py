@@ -4,7 +4,6 @@ import functools
 import hashlib
 import io
 import itertools
-import json
 import logging
 import os
 import struct
@@ -21,10 +20,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageFile, PngImagePlugin
 
-from util import files
+from util import files, parsed
 from util.packed import Row
 from util.processes import local_size
-from util.runtime import UserError, say
+from util.runtime import UserError, is_out_of_memory, say
 from util.text import printable
 
 TRAIN = ("train", "training")
@@ -320,13 +319,16 @@ def read_image(path: Path | Row, size: int) -> Image.Image:
     Raises UserError for one that can't be read, or not to its end.
     """
     try:
+        if not isinstance(path, Row):
+            files.ensure_regular(path)
         source = io.BytesIO(path.read()) if isinstance(path, Row) else path
         with Image.open(source, formats=_formats().readable) as image:
             image.load()
             rgb = _in_rgb(_in_8_bits(_upright(image)))
         return scaled(rgb, size)
     except Exception as error:  # Pillow's plugins raise anything
-        reason = printable(str(error) or type(error).__name__).partition("\n")[0]
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        reason = "not enough memory for it" if is_out_of_memory(error) else printable(reason.partition("\n")[0])
         reason = "no image that Pillow can read" if isinstance(error, Image.UnidentifiedImageError) else reason
         raise UserError(f"cannot read the image {printable(path)}: {reason}; mend or remove it") from None
 
@@ -515,7 +517,7 @@ def readable(found: Found, size: int) -> Found:
     """
     kept, key = found.kept(f"unreadable_{size}.json"), fingerprint(found, size)
     everything = ImageFiles([path for own in found.files.values() for path, _ in own], size)
-    unreadable = _read_unreadable(kept, key)
+    unreadable = _read_unreadable(kept, key, len(everything))
     if unreadable is None:
         problems: list[UserError] = []
         for _ in everything.read(everything.in_order(), problems):
@@ -537,10 +539,13 @@ def readable(found: Found, size: int) -> Found:
     return found._replace(files=rest)
 
 
-def _read_unreadable(path: Path, key: str) -> list[int] | None:
+def _read_unreadable(path: Path, key: str, n: int) -> list[int] | None:
+    """The kept numbers of the images, of n, that can't be read; None where they are missing, damaged or of others."""
     try:
-        kept = files.unsealed(json.loads(path.read_text()))
-        return [int(index) for index in kept["unreadable"]] if kept["key"] == key else None
+        files.ensure_regular(path)
+        kept = files.unsealed(parsed.loads(path.read_bytes()))
+        checks = {"key": lambda value: value == key, "unreadable": parsed.list_of(parsed.whole(0, n - 1), 0)}
+        return None if parsed.flaw(kept, checks, checks) else kept["unreadable"]
     except (OSError, ValueError, LookupError, TypeError):
         return None
 

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import os
 import re
 from collections.abc import Collection, Iterator
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from util import files, parsed
 from util.files import Stamp
 from util.images import TEST, TRAIN, Found, class_name, say_untested, some
 from util.packed import Packed, Row
@@ -71,6 +71,7 @@ def _the_csv(data_dir: Path) -> Path:
 def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     """The number of each row's last line, and what its COLUMNS hold."""
     try:
+        files.ensure_regular(path)
         text = path.read_text("utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{printable(path)} is not in UTF-8; save it as UTF-8 (a spreadsheet: CSV UTF-8)") from None
@@ -161,7 +162,9 @@ def find_parquet(data_dir: Path, classes: Collection[str] | None = None) -> Foun
         images = Packed(path, table.images, stamp)
         for number, (label, split) in enumerate(zip(labels, [named] * len(labels) if named else splits, strict=True)):
             if str(split).casefold() not in TRAIN + TEST:
-                raise UserError(f"{printable(path)}[{number}]: its split is {split}; it must be train, test or val")
+                raise UserError(
+                    f"{printable(path)}[{number}]: its split is {printable(str(split))}; it must be train, test or val"
+                )
             parts.setdefault(str(split).casefold(), []).append((Row(images, number), label))
         orders.update(dict.fromkeys(table.classes or ()))
     if data_dir.is_file() and not classes and not parts.keys() & {*TRAIN}:
@@ -203,7 +206,7 @@ def _reading(path: Path) -> Iterator[None]:
     pyarrow = _pyarrow()
     try:
         yield
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, LookupError) as error:
         reason = printable(str(error)).partition("\\n")[0]
         raise UserError(f"cannot read {printable(path)}: {reason}; mend or remove it") from None
 
@@ -249,28 +252,33 @@ class _Table(NamedTuple):
         if value is None or value == -1:  # so the hub marks images without a label
             return None
         if not isinstance(value, int) or (self.classes and not 0 <= value < len(self.classes)):
-            raise UserError(f"{printable(self.path)}: {value} in column {self.label} is no class")
+            raise UserError(f"{printable(self.path)}: {printable(str(value))[:80]} in column {self.label} is no class")
         return self.classes[value] if self.classes else str(value)
 
 
 def _open(path: Path) -> _Table:
-    file = _pyarrow().parquet.ParquetFile(path)
+    files.ensure_regular(path)
+    file = _pyarrow().parquet.ParquetFile(_pyarrow().OSFile(os.fsencode(path)))
     schema = file.schema_arrow
     features = _features(schema.metadata)
     image = _column_of("images", path, schema, features, ("image", "img"), "Image")
     label = _column_of("labels", path, schema, features, ("label", "fine_label", "labels"), "ClassLabel")
     kind = schema.field(image).type
-    holds = f"{image}.bytes" if str(kind).startswith("struct") else image
-    if "binary" not in str(kind):
-        raise UserError(f"{printable(path)}: column {image} holds no encoded images, but {str(kind)[:80]}")
+    holds = image
+    if _pyarrow().types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind, holds = kind.field("bytes").type, f"{image}.bytes"
+    if not re.fullmatch(r"(large_)?binary(_view)?|fixed_size_binary.*|dictionary<values=binary,.*", str(kind)):
+        raise UserError(f"{printable(path)}: column {image} holds no encoded images, but {printable(str(kind))[:80]}")
     names = features.get(label, {}).get("names")
-    return _Table(path, file, holds, label, [class_name(str(name)) for name in names] if names else None)
+    if names is not None and not parsed.list_of(parsed.text)(names):
+        raise UserError(f"{printable(path)}: the names of the classes of column {label} are no list of names")
+    return _Table(path, file, holds, label, [class_name(name) for name in names] if names else None)
 
 
 def _features(metadata: dict[bytes, bytes] | None) -> dict[str, dict[str, Any]]:
     """What the hub's library says of the columns; nothing where another one wrote the file."""
     try:
-        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        features = parsed.loads((metadata or {})[b"huggingface"])["info"]["features"]
         return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
     except (ValueError, LookupError, TypeError, AttributeError):
         return {}

@@ -70,6 +70,8 @@ class Packed:
     def _map(self, kept: Path | BinaryIO) -> bool:
         """Whether the copy is there, whole, and of the file as it is now."""
         try:
+            if isinstance(kept, Path):
+                files.ensure_regular(kept)
             memory = np.memmap(kept, np.uint8, "r")
         except (OSError, ValueError):  # missing; empty
             return False

@@ -13,9 +13,19 @@ LONGEST = 2000  # characters of a name
 def loads(text: str | bytes) -> Any:
     """The value that the JSON text holds. Raises ValueError where it is no JSON, or holds NaN or an infinite number."""
     try:
-        return json.loads(text, parse_float=_finite, parse_constant=_finite)
+        value = json.loads(text, parse_float=_finite, parse_constant=_finite, parse_int=_of_a_float)
+        _ensure_shallow(value)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    return value
+
+
+def _ensure_shallow(value: Any, levels: int = 50) -> None:
+    """Raise RecursionError where more lists and dicts are in each other than any of ours."""
+    if levels == 0:
+        raise RecursionError
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _ensure_shallow(part, levels - 1)
 
 
 def _finite(text: str) -> float:
@@ -23,6 +33,12 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{text[:40]} is no finite number")
     return value
+
+
+def _of_a_float(text: str) -> int:
+    if len(text) > 300:
+        raise ValueError(f"{text[:40]}... is more than a float can hold")
+    return int(text)
 
 
 def number(low: float = -1e300, high: float = 1e300) -> Check:

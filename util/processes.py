@@ -265,7 +265,7 @@ def join(device: str) -> Processes:
             names = f"cpu:gloo,{device}:{own}" if own else "gloo"
             dist.init_process_group(names, store=store, rank=place.rank, world_size=place.size, timeout=TIMEOUT)
     if dist.get_rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open as long as the process
+        sys.stdout = open(os.devnull, "w", errors="replace")  # noqa: SIM115, it stays open as long as the process
     return Processes(dist.get_rank(), dist.get_world_size())
 
 

@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import io
 import os
-import pickle
 import signal
 import tempfile
 import time
@@ -20,9 +19,9 @@ from typing import Any
 
 import torch
 
-from util import files
+from util import files, parsed
 from util.processes import Processes, local_rank
-from util.runtime import Stopped, UserError, say
+from util.runtime import Stopped, UserError, is_out_of_memory, say
 
 MAGIC = b"run state 2\n"
 DIGEST = 64  # hex digits of a SHA-256
@@ -32,6 +31,27 @@ ONE_WISH = 1.0  # seconds within which a second signal is the first once more: f
 SAVE = 1  # a process's wish to save; to stop, it wishes that and the signal's number together
 
 State = dict[str, Any]  # of a run: nested dicts of tensors and plain values
+
+
+def _digest(value: Any) -> bool:
+    return value is None or parsed.text(value)
+
+
+def _fits(checks: dict[str, parsed.Check]) -> parsed.Check:
+    return lambda value: isinstance(value, dict) and not parsed.flaw(value, checks, checks)
+
+
+# What the parts of a state may be that are asked for before its network takes the rest.
+STATE_CHECKS = {
+    "identity": parsed.a_dict,
+    "figures": parsed.list_of(lambda value: isinstance(value, dict) and all(map(parsed.number(), value.values())), 0),
+    "position": _fits({"epoch": parsed.whole(0), "iteration": parsed.whole(0)}),
+    "begun": lambda value: value == {} or _fits({"replaces": _fits({"checkpoint": _digest, "result": _digest})})(value),
+    "stretches": parsed.list_of(
+        _fits({f"{end}_{what}": parsed.whole(0) for end in ("from", "to") for what in ("epoch", "batch")}), 0
+    ),
+}
+NEEDED = ("identity", "figures", "position")  # an older state has no others
 
 
 def save(state: State, path: Path) -> None:
@@ -72,6 +92,7 @@ def load(path: Path) -> State:
     Raises FileNotFoundError where there is no file, and UserError for one that is damaged.
     """
     try:
+        files.ensure_regular(path)
         content = path.read_bytes()
         payload = memoryview(content)[len(MAGIC) + DIGEST + 1 :]
         if content[: len(content) - len(payload)] != _head(payload):
@@ -79,11 +100,23 @@ def load(path: Path) -> State:
         state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        before = previous(path)
-        advice = f"go on from the one before: mv {before} {path}" if before.exists() else "start over with --overwrite"
-        raise UserError(f"the run state {path} is damaged or can't be read ({_line(error)}); {advice}") from None
+    except Exception as error:  # unpickling raises whatever the bytes lead it to
+        if is_out_of_memory(error):
+            raise
+        raise _damaged(path, _line(error)) from None
     return state
+
+
+def ensure_whole(state: State, path: Path) -> None:
+    """Raise UserError where a state from the path is not as `Keeper` saves it."""
+    if flaw := parsed.flaw(state, STATE_CHECKS, NEEDED) if isinstance(state, dict) else "the whole":
+        raise _damaged(path, f"{flaw} is missing or wrong")
+
+
+def _damaged(path: Path, reason: str) -> UserError:
+    before = previous(path)
+    advice = f"go on from the one before: mv {before} {path}" if before.exists() else "start over with --overwrite"
+    return UserError(f"the run state {path} is damaged or can't be read ({reason}); {advice}")
 
 
 def _head(payload: memoryview) -> bytes:

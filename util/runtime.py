@@ -18,6 +18,7 @@ import torch
 
 from util import processes
 from util.processes import NotJoined, Processes
+from util.text import printable
 
 
 class UserError(Exception):
@@ -37,6 +38,14 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError | OSError) and bool(re.search(NO_MEMORY, str(error), re.IGNORECASE))
+
+
+def memory_line(error: BaseException) -> str:
+    """What to tell the user of such an error: what was asked for, and what needs less."""
+    gpu = isinstance(error, torch.OutOfMemoryError) or re.search("CUDA|CUBLAS|CUDNN|HIP|XPU|MPS", str(error))
+    reason = str(error).strip().partition("\n")[0][:200] or "no more can be had"
+    cure = "a smaller --batch_size or --image_size needs less" + ("" if gpu else ", and so does --stream")
+    return f"out of memory on the {'GPU' if gpu else 'CPU'} ({reason}); {cure}"
 
 
 class Diverged(Exception):
@@ -197,7 +206,10 @@ def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def say(message: str) -> None:
-    """A line to the user, on stderr, where there still is one; of several processes on a machine the first speaks."""
+    """A line to the user, on stderr, where there still is one; of several processes on a machine the first speaks.
+
+    Control characters in it, which names of files and classes may have, are escaped.
+    """
     if processes.local_rank() == 0:
         say_alone(message)
 
@@ -206,7 +218,7 @@ def say_alone(message: str) -> None:
     """The same of whichever process."""
     if sys.stderr:
         try:
-            print(message, file=sys.stderr, flush=True)
+            print(printable(message), file=sys.stderr, flush=True)
         except (OSError, ValueError):  # the terminal hung up; closed
             _silence(sys.stderr)
 
@@ -216,6 +228,7 @@ def lasting_output() -> Iterator[None]:
     """Let the script go on where its stdout or stderr goes away: `| head`, a terminal that hangs up, a full disk.
 
     What it makes is in files: for the sake of a line nobody reads, no work is lost. When stdout goes, stderr says so.
+    A letter that their encoding lacks is written as an escape.
     """
     for number in range(3):
         try:
@@ -223,6 +236,9 @@ def lasting_output() -> Iterator[None]:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets that number, which else the next file would, and be written to
     before = sys.stdout, sys.stderr
+    for stream in filter(None, before):
+        with suppress(AttributeError, ValueError):  # another kind of stream; closed
+            stream.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = (_Lasting(stream or open(os.devnull, "w")) for stream in before)  # noqa: SIM115
     try:
         yield
@@ -350,17 +366,54 @@ def _unlike(
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that could be allocated on the device now; 0 where that can't be known."""
+    """Bytes that could be allocated on the device now, within a container's limit; 0 where that can't be known."""
     module = torch.get_device_module(device)
     try:
         if device.type == "cpu":
             with open("/proc/meminfo") as lines:
-                return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+                free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+            return min([free, *_left_in_containers()])
         if device.type == "mps":
             return max(0, module.recommended_max_memory() - module.driver_allocated_memory())
         return module.mem_get_info(device)[0]
     except (OSError, StopIteration, AttributeError, RuntimeError):
         return 0
+
+
+def _left_in_containers(root: Path = Path("/")) -> Iterator[int]:
+    """Bytes left of the memory limit of each control group that this process is in, 1 at least; none without limits.
+
+    root: where the system's files are.
+    """
+    try:
+        groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        return
+    for _, controllers, name in groups:
+        if not controllers:  # version 2
+            mount, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            mount = root / "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        # Within a container the name may be that outside of it, where its own folder is the mount itself.
+        folder = mount / name.strip("/")
+        for group in [folder, *folder.parents]:
+            if group.is_relative_to(mount) and (left := _left_in(group, *names)):
+                yield left
+
+
+def _left_in(group: Path, limit: str, usage: str, cached: str) -> int | None:
+    """Bytes left in the group, 1 at least; None without a limit. What is cached of files counts as left."""
+    try:
+        most, used = int((group / limit).read_text()), int((group / usage).read_text())
+        with suppress(OSError, ValueError):
+            told = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            used -= int(told.get(cached, 0))
+    except (OSError, ValueError):  # not there; "max"
+        return None
+    return max(1, most - used)
 
 
 def synchronize(device: torch.device) -> None:
