@@ -9,6 +9,7 @@ import importlib
 import io
 import json
 import logging
+import math
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch": (), "safetensor
 LOBES = 3  # of Pillow's Lanczos filter, on either side
 PREPARE = "prepare."  # begins the names of the nodes in an ONNX file that scale and normalise the images
 AXES = ("batch", "height", "width")  # of an export's images, which can have any size
+UNIT = 2**11
 TINY = 1e-7  # whose sinc is 1
 CALIBRATION_IMAGES = 512  # that the ranges of an int8 model's activations are measured on
 CALIBRATION_BATCH = 32
@@ -69,49 +71,62 @@ def told_of(recipe: Recipe, trained: jobs.Trained, dataset: Dataset) -> About:
 class Preparation(nn.Module):
     """uint8 (N, H, W, 3) to the network's input, float32 (N, 3, size, size): scaled, cut to a square, normalised.
 
-    The scaling is that of util.images.scaled: Lanczos over the largest square around the centre, one pass along the
-    rows and one along the columns, in the same order, each rounded to whole grey values. An image of the right size
-    keeps its values. In others a value differs by one now and then, where it lies between two whole ones.
+    The scaling is that of util.images.scaled, to the last bit: Lanczos over the largest square around the centre, one
+    pass along the rows and one along the columns, in the same order, each rounded to whole grey values. As Pillow does,
+    it sums products of whole numbers, of pixels and weights in units of 1 / UNIT^2. float32 does not hold these sums,
+    so those of the weights' upper and lower halves are apart: each stays below 2^24.
     """
 
     def __init__(self, size: int, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
         self.size = size
+        self._pi = torch.tensor(math.pi, dtype=torch.float64)  # a plain number ends up as float32 in an ONNX model
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         height, width = images.shape[1:3]
         side = torch.sym_min(height, width)
-        weights = self._weights(width, side).T, self._weights(height, side)
+        weights = *self._weights(width, side), *self._weights(height, side)
         # A graph has both branches, since the order depends on the image's shape.
         pixels = images.permute(0, 3, 1, 2).float()
         pixels = torch.cond(columns_first(height, width, self.size), _columns_first, _rows_first, (pixels, *weights))
         return (pixels / 255 - self.mean) / self.std
 
-    def _weights(self, length: int, side: int) -> torch.Tensor:
-        """How much of each pixel of a row is in each of the scaled one's: float32 (size, length)."""
-        # Twice the distances times the size are whole numbers, which float32 holds exactly.
-        device = self.mean.device
-        pixels = (2 * torch.arange(length, dtype=torch.float32, device=device) + 1 - (length - side)) * self.size
-        centres = (2 * torch.arange(self.size, dtype=torch.float32, device=device) + 1) * side
+    def _weights(self, length: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """How much of each pixel of a row is in each of the scaled one's: the upper and lower halves (size, length)."""
+        pixels = (2 * torch.arange(length, dtype=torch.float64) + 1 - (length - side)) * self.size
+        centres = (2 * torch.arange(self.size, dtype=torch.float64) + 1) * side
         # The filter is wider where the image shrinks, against aliasing.
         x = (pixels - centres[:, None]) / (2 * torch.sym_max(side, self.size))
         x = torch.where(x == 0, TINY, x)  # of sinc's own 0 / 0 the NaN, though not used, would upset a calibration
-        weights = torch.where(x.abs() < LOBES, torch.sinc(x) * torch.sinc(x / LOBES), 0.0)
-        return weights / weights.sum(1, keepdim=True)
+        x = x * self._pi
+        weights = torch.where(x.abs() < LOBES * self._pi, LOBES * x.sin() * (x / LOBES).sin() / x**2, 0.0)
+        weights = (weights / weights.sum(1, keepdim=True) * UNIT**2).round()
+        upper = (weights / UNIT).round()
+        device = self.mean.device
+        return upper.float().to(device), (weights - upper * UNIT).float().to(device)
 
 
-def _rows_first(pixels: torch.Tensor, of_rows: torch.Tensor, of_columns: torch.Tensor) -> torch.Tensor:
-    return _whole(of_columns @ _whole(pixels @ of_rows))
+def _rows_first(pixels: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+    return _along_columns(_along_rows(pixels, *weights[:2]), *weights[2:])
 
 
-def _columns_first(pixels: torch.Tensor, of_rows: torch.Tensor, of_columns: torch.Tensor) -> torch.Tensor:
-    return _whole(_whole(of_columns @ pixels) @ of_rows)
+def _columns_first(pixels: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+    return _along_rows(_along_columns(pixels, *weights[2:]), *weights[:2])
 
 
-def _whole(pixels: torch.Tensor) -> torch.Tensor:
-    return (pixels + 0.5).floor().clamp(0, 255)
+def _along_rows(pixels: torch.Tensor, upper: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
+    return _whole(pixels @ upper.T, pixels @ lower.T)
+
+
+def _along_columns(pixels: torch.Tensor, upper: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
+    return _whole(upper @ pixels, lower @ pixels)
+
+
+def _whole(upper: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
+    """The sums of both halves in grey values, rounded."""
+    return ((upper + (lower / UNIT).floor() + UNIT / 2) / UNIT).floor().clamp(0, 255)
 
 
 class Deployed(nn.Module):

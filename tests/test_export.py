@@ -145,8 +145,7 @@ def test_an_export_is_the_checkpoint(script, student, digits, tmp_path, form, su
         model = deployed.Deployed(jobs.load(RECIPES["distillation_LDH6"], student[0]).network, about)
         for shape in ((1, 8, 8, 3), (3, 31, 50, 3), (2, 50, 31, 3), (1, 70, 20, 3), (1, 1, 70, 3)):
             images = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-            # A value that lies between two grey levels may be rounded either way.
-            assert torch.allclose(opened.classify(images), model(images), atol=1e-2)
+            assert torch.allclose(opened.classify(images), model(images), atol=1e-4)
 
 
 @pytest.mark.parametrize("form", ["onnx", "torch", "safetensors"])
@@ -192,7 +191,7 @@ def test_int8(script, student, digits, tmp_path):
     graph = onnx.load(out).graph
     weights = [onnx.numpy_helper.to_array(kept) for kept in graph.initializer if kept.name.endswith("weight_quantized")]
     assert weights and all(abs(kept.astype(int)).max() <= 64 for kept in weights)
-    nodes = graph.node
+    nodes = [node for part in deployed._graphs(graph) for node in part.node]
     made_int8 = {name for node in nodes if node.op_type == "DequantizeLinear" for name in node.output}
     kinds = {node.op_type for node in nodes if made_int8 & set(node.input)}
     assert "Conv" in kinds and "Gemm" in kinds and not kinds & {"MatMul", "Sin"}  # the images are scaled in fp32
@@ -227,9 +226,7 @@ def test_images_are_prepared_as_in_training(shape):
         assert (expected == np.asarray(ImageOps.fit(photo, (32, 32), Image.Resampling.LANCZOS))).all()
     prepare = deployed.Preparation(32, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     prepared = 255 * prepare(torch.from_numpy(np.array(photo))[None])[0].permute(1, 2, 0).double().numpy()
-    difference = np.abs(prepared - expected)
-    # A value between two whole ones may be rounded either way, in few pixels.
-    assert difference.max() <= (1e-4 if shape == (32, 32) else 1 + 1e-4) and (difference > 0.5).mean() < 0.01
+    assert np.abs(prepared - expected).max() < 1e-4
 
 
 # what is refused
