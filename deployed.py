@@ -99,8 +99,7 @@ class Preparation(nn.Module):
         centres = (2 * torch.arange(self.size, dtype=torch.float64) + 1) * side
         # The filter is wider where the image shrinks, against aliasing.
         x = (pixels - centres[:, None]) / (2 * torch.sym_max(side, self.size))
-        x = torch.where(x == 0, TINY, x)  # of sinc's own 0 / 0 the NaN, though not used, would upset a calibration
-        x = x * self._pi
+        x = torch.where(x == 0, TINY, x) * self._pi  # below, 0 / 0 would be NaN
         weights = torch.where(x.abs() < LOBES * self._pi, LOBES * x.sin() * (x / LOBES).sin() / x**2, 0.0)
         weights = (weights / weights.sum(1, keepdim=True) * UNIT**2).round()
         upper = (weights / UNIT).round()
