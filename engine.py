@@ -158,7 +158,7 @@ class Step:
     @property
     def graphed(self) -> bool:
         """Whether steps are replayed as a CUDA graph."""
-        return isinstance(self.step, Graphed) and self.step.form is not None
+        return getattr(self.step, "form", None) is not None
 
     def __call__(self, batch: Batch, taught: Outputs | None, alpha: torch.Tensor, learning_rate: float) -> None:
         """Train on a batch. taught: the teacher's outputs for it."""
