@@ -15,12 +15,11 @@ from typing import Any
 import torch
 
 import cli
-import deployed
 import jobs
-import measures
 import models
 from data import Dataset
 from recipes import RECIPES, Recipe
+from tools import deployed, measures
 from util import environment, files, runtime
 from util.runtime import Runtime, say
 from util.text import printable

@@ -27,13 +27,13 @@ import torch
 from torchvision.models import get_model_weights
 from torchvision.models.vision_transformer import interpolate_embeddings
 
-import library_models
 import models
 from models import TITLES
 from util import parsed, runstate
 from util.bounds import IMAGE_SIDE, MEAN, STD
 from util.files import ensure_regular, replacing, sha256
 from util.runtime import UserError, is_out_of_memory, say
+from zoo import library_models
 
 OTHER = "network of another kind"
 

@@ -15,7 +15,6 @@ from typing import Any, NoReturn
 import checkpoint
 import data
 import jobs
-import library_models
 import losses
 import models
 from jobs import Setup
@@ -26,6 +25,7 @@ from util.bounds import IMAGE_SIDE, MEAN, STD, Bound
 from util.processes import Lost, NotJoined
 from util.runtime import Diverged, Runtime, Stopped, UserError, say
 from util.text import printable
+from zoo import library_models
 
 SEED = Bound(int, "a whole number from 0 to 2^32 - 1", lambda x: 0 <= x < 2**32)
 BELOW_1 = Bound(float, "a number from 0 to below 1", lambda x: 0 <= x < 1)

@@ -19,11 +19,11 @@ import torch
 import cli
 import data
 import report
+from images.folders import ImageFiles
 from report import plots, side_by_side
 from report.results import NAMES, Result
 from report.side_by_side import Runs
 from util import files, runtime
-from util.images import ImageFiles
 from util.runtime import UserError, say
 from util.text import printable
 

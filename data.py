@@ -22,10 +22,8 @@ import numpy as np
 import torch
 from torchvision import datasets
 
-from mixing import Draw, Mixed, Mixing
-from util import cifar, files, parsed
-from util.bounds import MEAN, STD
-from util.images import (
+from images import cifar
+from images.folders import (
     TEST,
     Found,
     ImageFiles,
@@ -37,8 +35,11 @@ from util.images import (
     refuse_unreadable,
     roots,
 )
-from util.listed import find_csv, find_parquet
-from util.packed import Row
+from images.listed import find_csv, find_parquet
+from images.packed import Row
+from util import files, parsed
+from util.bounds import MEAN, STD
+from util.mixing import Draw, Mixed, Mixing
 from util.processes import Processes
 from util.runtime import UserError, free_memory, say, send
 from util.text import printable

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import Batch, Batches, mixed_seed
-from mixing import Mixed
 from models import folded
 from outputs import Outputs
 from util.graphs import Graphed
+from util.mixing import Mixed
 from util.processes import Processes
 from util.runstate import Keeper, State
 from util.runtime import Diverged, Runtime, UserError, has_fused, is_out_of_memory, widest

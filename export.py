@@ -20,11 +20,11 @@ from PIL import Image
 
 import cli
 import data
-import deployed
 import jobs
+from images.folders import scaled
 from recipes import RECIPES
+from tools import deployed
 from util import files, runtime
-from util.images import scaled
 from util.runtime import UserError, say
 
 COMPARED = 256  # test images on which the logits are compared

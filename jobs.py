@@ -16,11 +16,9 @@ from torch import nn
 
 import checkpoint
 import engine
-import library_models
 import losses
 import models
 from data import Batches, Dataset, Split, subset
-from mixing import Mixing
 from outputs import Outputs
 from recipes import RECIPES, TRAININGS, Recipe, described, milestones, warmup_epochs
 from report.results import Result, epochs_csv
@@ -29,6 +27,7 @@ from util import environment, parsed, runstate
 from util.convolution import replace_all
 from util.files import ensure_writable, remove_leftovers, replacing, sha256
 from util.graphs import Graphed, possible
+from util.mixing import Mixing
 from util.processes import restarted, torchrun
 from util.runstate import Keeper, differences, refuse_difference
 from util.runtime import (
@@ -42,6 +41,7 @@ from util.runtime import (
     say,
 )
 from util.scalars import Scalars
+from zoo import library_models
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from loss_parts import Contrast, Review, VariationalRegressors, hint_regressor, paired_stages
 from outputs import Outputs, Shapes
 from recipes import TRAININGS, Recipe
 from util import processes
 from util.bounds import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, YES_OR_NO, Bound
 from util.runtime import Unsuited, UserError, widest
+from zoo.loss_parts import Contrast, Review, VariationalRegressors, hint_regressor, paired_stages
 
 
 class Setting(NamedTuple):

@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-import library_models
-from benchmark_models import ARCHITECTURES
 from outputs import STAGES, Outputs, PooledClassifier, Shapes
 from util.runtime import Unsuited, UserError, is_out_of_memory
+from zoo import library_models
+from zoo.benchmark_models import ARCHITECTURES
 
 TEACHER_MAP = 2048  # channels of the teacher's last feature map
 STUDENT_MAP = 512  # and of the student's

@@ -10,11 +10,11 @@ import math
 import torch
 
 import cli
-import deployed
 import jobs
+from images.folders import ImageFiles, images_below
 from recipes import RECIPES
+from tools import deployed
 from util import runtime
-from util.images import ImageFiles, images_below
 from util.runtime import UserError, say
 from util.text import printable
 

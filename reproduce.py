@@ -19,15 +19,15 @@ import cli
 import jobs
 import losses
 import report
-import suites
 from jobs import Setup
 from recipes import EPOCHS, RECIPES, Recipe, under
 from report.results import NAMES, Result
-from suites import SUITES, Suite
 from teacher import Teacher
 from util import runtime
 from util.bounds import COUNT, POSITIVE
 from util.runtime import Diverged, Unsuited, UserError, say
+from zoo import suites
+from zoo.suites import SUITES, Suite
 
 FULL_EPOCHS, FULL_STEP = RECIPES["student"].epochs, RECIPES["student"].scheduler_step
 

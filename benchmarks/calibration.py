@@ -25,7 +25,7 @@ sys.path.insert(0, str(HERE.parent))
 from recipes import RECIPES, described  # noqa: E402
 from report import statistics, suite, table  # noqa: E402
 from report.results import Result, Rows  # noqa: E402
-from suites import SUITES, run_of  # noqa: E402
+from zoo.suites import SUITES, run_of  # noqa: E402
 
 TOP1 = 60.0
 # As in studies/cifar100 and studies/schedules: two seeds of a row disagree on 15.5 % of 10,000 test images, and one

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from util import cifar
+from images import cifar
 
 LAYOUTS = ("folder", "bare", "below", "archive", "png", "png_below", "parquet")
 

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 import models
-from benchmark_models import ARCHITECTURES
 from outputs import Outputs
 from util.convolution import replace_all
+from zoo.benchmark_models import ARCHITECTURES
 
 PARAMETERS = {  # for 100 classes
     **{"resnet20": 278_324, "resnet32": 472_756, "resnet44": 667_188, "resnet56": 861_620, "resnet110": 1_736_564},

@@ -25,11 +25,11 @@ import torchvision
 from test_runstate import mutations
 
 import checkpoint
-import library_models
 import models
 from models import TITLES, build
 from util import files, runstate
 from util.runtime import UserError
+from zoo import library_models
 
 HINT = "make it with: python train.py"
 

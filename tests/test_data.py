@@ -18,7 +18,7 @@ from torchvision.transforms import functional
 from torchvision.transforms.v2 import functional as functional_v2
 
 import data
-from util import cifar, images
+from images import cifar, folders
 from util.runtime import UserError
 
 CPU = torch.device("cpu")
@@ -503,13 +503,13 @@ def test_class_folders_may_be_links(tree, tmp_path):
 @pytest.fixture
 def decodes(monkeypatch):
     """How many images were decoded."""
-    counted, read = [], images.read_image
+    counted, read = [], folders.read_image
 
     def count(path, size):
         counted.append(path)
         return read(path, size)
 
-    monkeypatch.setattr(images, "read_image", count)
+    monkeypatch.setattr(folders, "read_image", count)
     return counted
 
 

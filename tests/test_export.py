@@ -15,13 +15,13 @@ from PIL import Image, ImageOps
 
 import checkpoint
 import data
-import deployed
 import jobs
-import measures
 import models
+from images import folders
 from recipes import RECIPES
 from report import results
-from util import files, images
+from tools import deployed, measures
+from util import files
 from util.runtime import UserError
 
 NEEDED = {"onnx": ["onnx", "onnxscript", "onnxruntime"], "torch": [], "safetensors": ["safetensors"]}
@@ -221,7 +221,7 @@ def test_images_are_prepared_as_in_training(shape):
     small = Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8))
     noise = rng.integers(-40, 41, (*shape, 3))
     photo = Image.fromarray((np.asarray(small.resize(shape[::-1])) + noise).clip(0, 255).astype(np.uint8))
-    expected = np.asarray(images.scaled(photo, 32)).astype(int)
+    expected = np.asarray(folders.scaled(photo, 32)).astype(int)
     if int(PIL.__version__.partition(".")[0]) >= 13:  # before, the rows always came first
         assert (expected == np.asarray(ImageOps.fit(photo, (32, 32), Image.Resampling.LANCZOS))).all()
     prepare = deployed.Preparation(32, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -278,7 +278,7 @@ def test_an_export_that_differs_is_not_written(script, student, tmp_path, monkey
 
 
 def test_an_export_that_scales_photos_otherwise_is_not_written(script, student, tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "scaled", lambda image, size: image.resize((size, size)))
+    monkeypatch.setattr(folders, "scaled", lambda image, size: image.resize((size, size)))
     refused(export(script, student, "torch", tmp_path / "x.pt2"), "whole photos are not within")
     assert list(tmp_path.iterdir()) == []
 

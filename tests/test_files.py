@@ -10,8 +10,9 @@ import pytest
 
 import checkpoint
 import data
+from images import folders
 from report import results
-from util import files, images, runstate
+from util import files, runstate
 from util.runtime import UserError
 
 
@@ -178,7 +179,7 @@ READERS = {
     "x.pth": lambda path: checkpoint.read(path, ""),
     "x_seed0.json": results.Result.read,
     "x.state": runstate.load,
-    "x.png": lambda path: images.read_image(path, 8),
+    "x.png": lambda path: folders.read_image(path, 8),
     "x.csv": lambda path: data.load("csv", path.parent),
     "train-0.parquet": lambda path: data.load("parquet", path.parent),
 }

@@ -17,11 +17,11 @@ import models
 import teacher as teachers
 from data import Batches, Split
 from losses import LOSSES
-from mixing import Mixing
 from recipes import RECIPES, under
 from teacher import Teacher
 from util import runtime
 from util.graphs import WARM_UP, Graphed
+from util.mixing import Mixing
 from util.runtime import Runtime
 
 DEVICE = runtime.accelerator()

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 import data
-from util import images
+from images import folders
 from util.runtime import UserError
 
 
@@ -252,7 +252,7 @@ def test_a_listed_image_that_is_missing_is_named(tiny):
     ],
 )  # fmt: skip
 def test_an_image_of_any_format_is_read(tree, name, options, capfd):
-    if options["format"] not in {*Image.OPEN, *images._formats().readable}:
+    if options["format"] not in {*Image.OPEN, *folders._formats().readable}:
         pytest.skip("this Pillow can't write it")
     save(tree / "train" / "cat" / name, 100, **options)
     assert counts(tree) == (5, 2)
@@ -291,7 +291,7 @@ def test_a_cut_image_is_unreadable(tmp_path, kind, part):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(path, kind)
     path.write_bytes(path.read_bytes()[: int(part * path.stat().st_size)])
     with pytest.raises(UserError, match=f"cannot read the image {path}: .*; mend or remove it"):
-        images.read_image(path, 8)
+        folders.read_image(path, 8)
 
 
 def test_pillows_warnings_and_limits_stay_out_of_the_way(tree, capfd, recwarn):
@@ -301,7 +301,7 @@ def test_pillows_warnings_and_limits_stay_out_of_the_way(tree, capfd, recwarn):
     save(tree / "train" / "cat" / "exif.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x05garbage")
     palette = Image.new("P", (8, 8))
     palette.save(tree / "train" / "cat" / "palette.png", transparency=bytes([0, 128, 255]))
-    images._formats.cache_clear()  # pytest's own filters came after those of the first call
+    folders._formats.cache_clear()  # pytest's own filters came after those of the first call
     assert counts(tree) == (7, 2)
     assert capfd.readouterr().err == "" and not recwarn.list
     assert Image.MAX_IMAGE_PIXELS is None  # so that photographs of 180 million pixels and more are read
@@ -311,7 +311,7 @@ def test_pillows_warnings_and_limits_stay_out_of_the_way(tree, capfd, recwarn):
 
 
 def pixels(path, size=8):
-    return np.asarray(images.read_image(path, size))
+    return np.asarray(folders.read_image(path, size))
 
 
 RAMP = np.linspace(0, 1, 4096).reshape(64, 64)
@@ -340,7 +340,7 @@ def test_grey_values_of_any_range_are_scaled(tmp_path, values):
 def test_grey_values_that_cannot_be_told_are_refused_by_name(tmp_path, values):
     Image.fromarray(values).save(tmp_path / "a.tif")
     with pytest.raises(UserError, match=r"cannot read the image .*a.tif: (it holds NaN|what is black and white in)"):
-        images.read_image(tmp_path / "a.tif", 8)
+        folders.read_image(tmp_path / "a.tif", 8)
 
 
 def test_a_grey_image_of_16_bits_is_scaled(tmp_path):

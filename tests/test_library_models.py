@@ -10,11 +10,11 @@ import torch
 import torchvision
 from torch import nn
 
-import library_models
 import models
 from outputs import STAGES, Outputs
 from util.convolution import Conv3x3, replace_all
 from util.runtime import UserError
+from zoo import library_models
 
 # A small one of each family, and the side of the images that it's tried with.
 SIDES = {

@@ -13,7 +13,8 @@ from test_scripts import refused
 
 import data
 from data import ImageFiles
-from util import files, images
+from images import folders
+from util import files
 from util.runtime import UserError
 
 TRAINED = {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
@@ -163,7 +164,7 @@ def test_two_lists_in_a_folder_keep_their_own_pixels(tree, rows, monkeypatch):
     lists = [write(tree.parent / f"{k}.csv", rows[k:]) for k in range(2)]
     loaded = [data.load("csv", path, 8) for path in lists]
     assert loaded[0].fingerprint != loaded[1].fingerprint
-    monkeypatch.setattr(images, "_decode_all", lambda *args: pytest.fail("decoded again"))
+    monkeypatch.setattr(folders, "_decode_all", lambda *args: pytest.fail("decoded again"))
     for path, before in zip(lists, loaded, strict=True):
         same(data.load("csv", path, 8), before)
 
@@ -252,7 +253,7 @@ def test_images_are_copied_out_once(tree, rows, repo, monkeypatch):
     expected = data.load("folder", tree, 8).train.images[[5, 0, 3]]
     assert seen[0].equal(expected)
     with monkeypatch.context() as patch:
-        patch.setattr("util.listed._Table.images", lambda self: pytest.fail("read again"))
+        patch.setattr("images.listed._Table.images", lambda self: pytest.fail("read again"))
         again = data.load("parquet", repo, 10, stream=True)
         assert next(again.train.images.read([torch.tensor([5])])).shape == (1, 10, 10, 3)
     hub(repo / "data" / "train-00001-of-00002.parquet", [rows[0], rows[5]], tree.parent)
@@ -293,8 +294,8 @@ def test_a_parquet_file_that_was_replaced_is_noticed(repo, monkeypatch, stream):
     first, path = data.load("parquet", repo, 8, stream), repo / "data" / "train-00000-of-00002.parquet"
     shutil.copy2(path, repo / "copy")
     (repo / "copy").replace(path)
-    read, decode = [], images.read_image
-    monkeypatch.setattr(images, "read_image", lambda *args: read.append(args) or decode(*args))
+    read, decode = [], folders.read_image
+    monkeypatch.setattr(folders, "read_image", lambda *args: read.append(args) or decode(*args))
     same(data.load("parquet", repo, 8, stream), first)
     assert len(read) == 10
 
@@ -389,7 +390,7 @@ def test_unreadable_images_are_left_out(tree, stream, capfd, monkeypatch):
         assert len(given.test.labels) == 4
         told = f"2 of 12 images left out, which can't be read: {bad[0]}, {bad[1]}\n"
         assert capfd.readouterr().err == told
-        monkeypatch.setattr(images, "read_image", lambda *args: pytest.fail("decoded again"))  # both are kept
+        monkeypatch.setattr(folders, "read_image", lambda *args: pytest.fail("decoded again"))  # both are kept
 
 
 def test_which_images_are_unreadable_is_asked_anew_where_the_note_was_changed(tree):

@@ -12,7 +12,7 @@ from PIL import Image
 
 import checkpoint
 import models
-from util.images import read_image
+from images.folders import read_image
 
 CLASSES = ["cat", "dog", "a bird", "cow", "owl", "pig"]
 ABOUT = {

@@ -19,7 +19,6 @@ import engine
 import jobs
 import losses
 import models
-import suites
 from data import Batches, Split
 from losses import LOSSES
 from outputs import Outputs
@@ -28,6 +27,7 @@ from teacher import Teacher
 from util import processes
 from util.processes import Processes
 from util.runtime import Runtime, UserError
+from zoo import suites
 
 CPU = torch.device("cpu")
 HERE = Path(__file__).parent

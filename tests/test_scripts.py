@@ -23,8 +23,8 @@ import checkpoint
 import data
 import jobs
 import models
+from images import cifar
 from recipes import RECIPES, ROWS
-from util import cifar
 from util.runstate import Keeper
 
 EPOCH = r"Epoch \[(\d+)/(\d+)\], Train Loss: (\d+\.\d{8})"

@@ -13,7 +13,7 @@ from test_scripts import refused
 
 import data
 from data import Batches
-from util import images
+from images import folders
 from util.runtime import UserError
 
 CPU = torch.device("cpu")
@@ -110,15 +110,15 @@ def test_all_unreadable_images_are_named_at_once(root):
 
 
 def test_who_stops_reading_leaves_no_thread_at_work(root, monkeypatch):
-    streamed, decoded, read = data.load("folder", root, 8, stream=True), [], images.read_image
+    streamed, decoded, read = data.load("folder", root, 8, stream=True), [], folders.read_image
 
     def count(path, size):
         decoded.append(path)
         time.sleep(0.01)
         return read(path, size)
 
-    monkeypatch.setattr(images, "_threads", lambda: 2)
-    monkeypatch.setattr(images, "read_image", count)
+    monkeypatch.setattr(folders, "_threads", lambda: 2)
+    monkeypatch.setattr(folders, "read_image", count)
     before = set(threading.enumerate())  # an earlier test's threads may idle
     reading = streamed.train.images.read([torch.arange(40)] * 100)
     next(reading)

@@ -16,12 +16,12 @@ import checkpoint
 import losses
 import models
 import report
-import suites
 from losses import LOSSES
 from recipes import RECIPES, Claim, described, under
 from report import plots, results, suite
-from suites import SUITES
 from util import runtime
+from zoo import suites
+from zoo.suites import SUITES
 
 CLAIM = {"top1": 70.0, "source": "A paper", "epochs": 240}
 

@@ -11,7 +11,6 @@ import torchvision
 
 import data
 import jobs
-import library_models
 import models
 import teacher as teachers
 from data import Batches, Split
@@ -19,6 +18,7 @@ from outputs import STAGES
 from recipes import Recipe
 from teacher import Teacher
 from util.runtime import Runtime, UserError
+from zoo import library_models
 
 CPU = torch.device("cpu")
 LOGITS, BOTH = frozenset({"logits"}), frozenset({"logits", "last_map"})

@@ -20,17 +20,16 @@ import data
 import engine
 import jobs
 import losses
-import mixing
 import models
 import recipes
 import reproduce
 import teacher as teachers
 from data import Batches, Split
-from mixing import Mixing
 from outputs import Outputs
 from recipes import RECIPES, TRAININGS, under
 from teacher import Teacher
-from util import runstate
+from util import mixing, runstate
+from util.mixing import Mixing
 from util.runtime import Runtime, UserError
 
 CPU = torch.device("cpu")

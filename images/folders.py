@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageFile, PngImagePlugin
 
+from images.packed import Row
 from util import files, parsed
-from util.packed import Row
 from util.processes import local_size
 from util.runtime import UserError, is_out_of_memory, say
 from util.text import printable

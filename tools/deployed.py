@@ -24,9 +24,9 @@ from torch import nn
 import checkpoint
 import jobs
 from data import Dataset, Split
+from images.folders import ImageFiles, columns_first
 from models import FeatureStudent, folded
 from recipes import Recipe
-from util.images import ImageFiles, columns_first
 from util.runtime import UserError, choose, inference_batch, is_out_of_memory
 
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "safetensors": ".safetensors"}
@@ -71,7 +71,7 @@ def told_of(recipe: Recipe, trained: jobs.Trained, dataset: Dataset) -> About:
 class Preparation(nn.Module):
     """uint8 (N, H, W, 3) to the network's input, float32 (N, 3, size, size): scaled, cut to a square, normalised.
 
-    The scaling is that of util.images.scaled, to the last bit: Lanczos over the largest square around the centre, one
+    The scaling is that of images.folders.scaled, to the last bit: Lanczos over the largest square around the centre, one
     pass along the rows and one along the columns, in the same order, each rounded to whole grey values. As Pillow does,
     it sums products of whole numbers, of pixels and weights in units of 1 / UNIT^2. float32 does not hold these sums,
     so those of the weights' upper and lower halves are apart: each stays below 2^24.

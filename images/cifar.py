@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from util.images import TEST, TRAIN, Found, class_files, decoded, folders, part_folders, roots
-from util.listed import find_parquet
+from images.folders import TEST, TRAIN, Found, class_files, decoded, folders, part_folders, roots
+from images.listed import find_parquet
 from util.runtime import UserError, say
 from util.text import printable
 

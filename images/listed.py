@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from images.folders import TEST, TRAIN, Found, class_name, say_untested, some
+from images.packed import Packed, Row
 from util import files, parsed
 from util.files import Stamp
-from util.images import TEST, TRAIN, Found, class_name, say_untested, some
-from util.packed import Packed, Row
 from util.runtime import UserError, say
 from util.text import printable
 

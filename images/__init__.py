@@ -1,0 +1,1 @@
+"""Image data sets: found, listed, decoded, kept; the files of CIFAR."""
