@@ -46,7 +46,7 @@ class Recipe:
     settings: of the losses, where they are not the losses' own defaults, like {"T": 2.0}, the temperature of KD.
     reference: figures to compare with, where there are any.
     training: a name in TRAININGS; `under` gives a recipe another than the reference's.
-    suite: the table that it belongs to besides its own, see suites.py. claimed: a paper's figure beside it.
+    suite: the table that it belongs to besides its own, see zoo/suites.py. claimed: a paper's figure beside it.
     """
 
     job: str

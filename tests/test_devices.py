@@ -24,6 +24,7 @@ from engine import Position
 from recipes import RECIPES
 from util import runtime
 from util.processes import Processes
+from zoo import relations
 
 DEVICES = [torch.device("cuda", 0), torch.device("mps", 0)]
 CPU = torch.device("cpu")
@@ -267,7 +268,7 @@ def test_rkd_sets_no_rows_apart_that_differ_by_rounding(monkeypatch, kind, near)
     monkeypatch.setattr(losses, "widest", lambda device: kind)
     x = torch.rand(40, 2048, generator=torch.Generator().manual_seed(0))
     x[1::2] = x[::2] * (1 + 1e-7)
-    d = losses._distances(x).double()
+    d = relations._distances(x).double()
     exact = torch.cdist(x.double(), x.double(), compute_mode="donot_use_mm_for_euclid_dist")
     apart = torch.arange(40)[:, None] // 2 != torch.arange(40) // 2
     assert not d[~apart].any()

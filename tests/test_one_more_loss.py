@@ -145,4 +145,4 @@ def test_a_loss_that_is_not_there_is_named(script, small, more, monkeypatch):
     row = Recipe("distillation_typo", "Distilled_typo", "student", 50, 20, soft="kdd")
     monkeypatch.setitem(RECIPES, row.job, row)
     ran = script("train_distillation.py", "--model_job", row.job, *small)
-    assert ran.code == 2 and "there is no loss kdd; there are kd, dkd" in ran.err
+    assert ran.code == 2 and "there is no loss kdd; there are kd, mse" in ran.err

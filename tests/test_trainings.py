@@ -31,6 +31,7 @@ from teacher import Teacher
 from util import mixing, runstate
 from util.mixing import Mixing
 from util.runtime import Runtime, UserError
+from zoo import logit_losses
 
 CPU = torch.device("cpu")
 NEW = ["benchmark", "strong"]
@@ -313,7 +314,7 @@ def test_the_objective_smooths_and_mixes_the_hard_labels_alone(training, smoothi
     values = losses.Objective(recipe)(outputs, taught, labels, alpha, (others, 0.4))
     a, b = (F.cross_entropy(outputs.logits, y, label_smoothing=smoothing) for y in (labels, others))
     assert values["ce"].item() == pytest.approx((0.6 * a + 0.4 * b).item(), rel=1e-6)
-    assert values["dkd"].equal(losses.dkd(outputs, taught, labels, 4.0, 1.0, 8.0))
+    assert values["dkd"].equal(logit_losses.dkd(outputs, taught, labels, 4.0, 1.0, 8.0))
     assert values["loss"].item() == pytest.approx((0.25 * values["ce"] + 0.75 * values["dkd"]).item(), rel=1e-6)
     plain = losses.Objective(recipe)(outputs, taught, labels, alpha)
     assert plain["ce"].item() == pytest.approx(a.item(), rel=1e-6)
