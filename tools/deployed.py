@@ -72,9 +72,9 @@ class Preparation(nn.Module):
     """uint8 (N, H, W, 3) to the network's input, float32 (N, 3, size, size): scaled, cut to a square, normalised.
 
     The scaling is that of images.folders.scaled, to the last bit: Lanczos over the largest square around the centre,
-    one pass along the rows and one along the columns, in the same order, each rounded to whole grey values. As Pillow does,
-    it sums products of whole numbers, of pixels and weights in units of 1 / UNIT^2. float32 does not hold these sums,
-    so those of the weights' upper and lower halves are apart: each stays below 2^24.
+    one pass along the rows and one along the columns, in the same order, each rounded to whole grey values. As Pillow
+    does, it sums products of whole numbers, of pixels and weights in units of 1 / UNIT^2. float32 does not hold these
+    sums, so those of the weights' upper and lower halves are apart: each stays below 2^24.
     """
 
     def __init__(self, size: int, mean: tuple[float, ...], std: tuple[float, ...]):
