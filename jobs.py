@@ -334,6 +334,9 @@ def _refuse_other_checkpoint(there: Paths, run: dict[str, Any], advice: str, may
     if not (about and "run" in about):
         raise UserError(f"{there.checkpoint} is there, and no result tells its run; {advice}")
     refuse_difference(about["run"], run, there.checkpoint, advice, may_differ)
+    before = about["run"].get("warm_start")
+    if before and before != run["warm_start"]:
+        raise UserError(f"{there.checkpoint} was trained on from a finished run of {before['epochs']} epochs; {advice}")
 
 
 def train(recipe: Recipe, setup: Setup, teacher: Teacher | None = None) -> None:

@@ -265,7 +265,7 @@ def test_batches_for_inference():
 
 @pytest.mark.parametrize("kind, near", [(torch.float64, 1e-7), (torch.float32, 1e-5)])
 def test_rkd_sets_no_rows_apart_that_differ_by_rounding(monkeypatch, kind, near):
-    monkeypatch.setattr(losses, "widest", lambda device: kind)
+    monkeypatch.setattr(relations, "widest", lambda device: kind)
     x = torch.rand(40, 2048, generator=torch.Generator().manual_seed(0))
     x[1::2] = x[::2] * (1 + 1e-7)
     d = relations._distances(x).double()

@@ -232,3 +232,10 @@ def test_what_another_run_wrote_meanwhile_is_not_replaced(train, tmp_path, monke
     there.unlink()
     ran = train("--epochs", 1, "--resume")
     assert ran.code == 0 and "Epoch" not in ran.out and result_of(tmp_path)["recipe"]["learning_rate"] == 0.001
+
+
+def test_a_checkpoint_that_was_trained_on_is_no_run_of_its_row(train, tmp_path):
+    """Its result, which tells so as well, is gone."""
+    assert train("--epochs", 1).code == 0 and train("--epochs", 2, "--resume").code == 0
+    next(tmp_path.rglob("student_seed0.json")).unlink()
+    refused(train("--epochs", 2), "was trained on from a finished run of 1 epochs", "--overwrite")
