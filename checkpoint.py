@@ -797,7 +797,7 @@ def _named_as(expected: State, state: State) -> State:
 def start(
     network: torch.nn.Module, source: str, arch: str = "teacher", stem: str = "small", key: str | None = None
 ) -> str | None:
-    """Give the network the weights that it starts from, all but its stem and classifier, where those are its own.
+    """Give the network the weights that it starts from: all but its classifier, and its stem if the file has another.
 
     source: "imagenet", for torchvision's weights; a file with such a network's weights; "none" leaves the random ones.
     key: as `read` has it. What a student was distilled through is neither asked for nor taken.
@@ -819,8 +819,10 @@ def start(
     if about and library_models.transforms(plain) and about.get("stem", stem) != stem:
         raise UserError(f"--weights {path} was trained with --stem {about['stem']}; give that")
     own = tuple(f"{name.rpartition('.')[0]}." for name in models.own_weights(arch, stem))
-    own += tuple(name for name in models.stem_weights(plain) if _is_of_another_stem(network, state, name))
-    fresh = network.state_dict()
+    fresh, stems = network.state_dict(), models.stem_weights(plain)
+    taken = {f"{name.rpartition('.')[0]}." for name in stems}
+    own = tuple(start for start in own if start not in taken or _shapes(state, start) != _shapes(fresh, start))
+    own += tuple(name for name in stems if _is_of_another_stem(network, state, name))
     beside = [key for key in state.keys() - fresh.keys() if key.startswith(models.DISTILLED_THROUGH)]
     state = {key: value for key, value in state.items() if not key.startswith(own) and key not in beside}
     state |= {key: value for key, value in fresh.items() if key.startswith(own)}
@@ -843,6 +845,11 @@ def _at_the_size(network: torch.nn.Module, state: State, path: Path) -> State:
     say(f"{path} is for images of {there}x{there} pixels: its positions are interpolated for {here}x{here}")
     patch = expected["conv_proj.weight"].shape[2]
     return dict(interpolate_embeddings(here, patch, OrderedDict(state)))
+
+
+def _shapes(state: State, start: str) -> dict[str, torch.Size]:
+    """The shapes of the weights whose names begin so."""
+    return {name: value.shape for name, value in state.items() if name.startswith(start)}
 
 
 def _is_of_another_stem(network: torch.nn.Module, state: State, name: str) -> bool:

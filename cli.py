@@ -553,8 +553,12 @@ def trained(
             say(f"{file} holds a {models.TITLES.get(models.canonical(holds), holds)} and is taken as that")
             recipe = replace(recipe, arch=holds)
     trained = jobs.load(recipe, file, args.dataset, args.stem, args.image_size, args.weights_key)
-    if args.weights_key and trained.about:
-        raise UserError(f"--weights_key: {file} was made here and holds one network; leave the flag away")
+    if not beside_teacher:  # of which the flags may tell
+        holds = (trained.about or {}).get("stem") or checkpoint.stem(trained.network.state_dict())
+        if args.stem != "auto" and holds not in (None, args.stem):
+            raise UserError(f"--stem {args.stem}: {file} has the {holds} one; remove the flag")
+        if args.weights_key and trained.about:
+            raise UserError(f"--weights_key: {file} was made here and holds one network; remove the flag")
     return recipe, file, trained
 
 
@@ -564,6 +568,13 @@ def _ensure_network(recipe: Recipe, args: argparse.Namespace) -> None:
     told, own = getattr(args, f"{role}_arch"), (recipe.arch or OWN_NETWORKS[role]).partition("+")[0]
     if told not in (None, own):
         raise UserError(f"--{role}_arch {told}: {recipe.job} is a {own}; leave the flag away")
+
+
+def refuse_idle_key(args: argparse.Namespace, teacher: jobs.Trained | None = None) -> None:
+    """Refuse --weights_key where no file of others is read. Raises UserError."""
+    is_file = args.weights not in ("auto", "none", "imagenet")
+    if args.weights_key and not is_file and (teacher is None or teacher.about):
+        raise UserError("--weights_key: no file here holds several sets of weights; remove the flag")
 
 
 def with_statistics(args: argparse.Namespace, recipe: Recipe, network: jobs.Trained) -> jobs.Trained:

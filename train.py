@@ -24,6 +24,7 @@ def main() -> None:
     cli.add_results_flag(parser)
     args = parser.parse_args()
 
+    cli.refuse_idle_key(args)
     recipe = cli.override(cli.with_networks(RECIPES[args.model_job], args), args)
     chosen = runtime.choose(args.device, args.precision)
     dataset = cli.load_data(args, chosen)

@@ -40,6 +40,7 @@ def main() -> None:
     chosen = runtime.choose(args.device, args.precision)
     dataset = cli.load_data(args, chosen)
     trained = jobs.load(teacher, path, args.dataset, args.stem, dataset.image_size, args.weights_key)
+    cli.refuse_idle_key(args, trained)
     trained = trained._replace(given=cli.normalisation(args))
     jobs.check_fit(trained, dataset, path)
     setup = cli.training_setup(args, dataset, chosen, weights=args.weights)

@@ -364,7 +364,7 @@ def test_whatever_was_made_here_can_be_a_start(tmp_path, kind, reusing):
     started = models.build(arch, 7)
     before = {key: value.clone() for key, value in started.state_dict().items()}
     checkpoint.start(started, str(tmp_path / "x.pth"), arch)
-    fresh = models.own_weights(arch, "small")
+    fresh = {*models.own_weights(arch, "small")} - {*models.stem_weights(plain)}
     assert fresh and all(value.equal(before[key]) for key, value in started.state_dict().items() if key in fresh)
     taken = {key: value for key, value in started.state_dict().items() if key not in fresh}
     assert len(taken) > 50 and all(value.equal(made.state_dict()[key]) for key, value in taken.items())
@@ -378,6 +378,15 @@ def test_a_checkpoint_made_here_is_tested_as_what_it_says(script, small, tmp_pat
     assert len(outs) == 1 and "Top-1" in outs.pop()
     refused(script(*asked, "student", "--student_arch", "resnet20"), "holds a wrn_16_2, not the resnet20")
     refused(script(*asked, "teacher", "--weights_key", "ema"), "--weights_key: x.pth was made here")
+    made_here("student", tmp_path / "x.pth")
+    refused(script(*asked, "student", "--stem", "standard"), "--stem standard: x.pth has the small one")
+
+
+@pytest.mark.parametrize("flags", [["--weights", "none"], ["--teacher", "x.pth"]])
+def test_a_key_without_a_file_that_it_is_for(script, small, tmp_path, flags):
+    made_here("student", tmp_path / "x.pth")
+    job = ["train_distillation.py"] if "--teacher" in flags else ["train.py", "--model_job", "student"]
+    refused(script(*job, *flags, *small, "--weights_key", "ema"), "--weights_key: no file here")
 
 
 def test_another_set_of_a_teachers_weights_is_another_teacher(script, small, tmp_path):

@@ -1080,6 +1080,14 @@ def test_start_from_a_file_as_people_have_it(tmp_path, monkeypatch, imagenet_sta
     assert is_started(network, imagenet_state, before)
 
 
+def test_start_from_a_file_of_the_same_stem(saved):
+    network = build("student", 7)
+    before, state = copy_of(network), state_of(saved["student"])
+    checkpoint.start(network, str(saved["student"]), "student")
+    for key, value in network.state_dict().items():
+        assert value.equal(before[key] if key.startswith("fc.") else state[key]), key
+
+
 def test_start_from_nothing():
     network = build("teacher", 10)
     before = copy_of(network)
