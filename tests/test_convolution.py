@@ -48,7 +48,7 @@ def test_bf16_gradients_are_conv2ds(stride):
     for theirs, ours in zip(*results, strict=True):
         assert theirs.dtype == ours.dtype and theirs.shape == ours.shape
         error = (theirs.double() - ours.double()).norm() / theirs.double().norm()
-        assert error < 0.01  # bf16 has 8 bits
+        assert error < 0.03  # bf16 has 8 bits; seen: 0.004, and 0.007 where the CPU has none
 
 
 def test_used_only_where_it_pays():
@@ -125,7 +125,7 @@ def test_taps_that_lie_on_the_padding_alone_have_no_gradient(litter, kernel, pad
     pairs = [(output, expected), (ours.grad, theirs.grad), (mine.weight.grad, plain.weight.grad)]
     for found, right in [*pairs, (mine.bias.grad, plain.bias.grad)]:
         assert found.shape == right.shape
-        assert (found.double() - right.double()).norm() < 0.02 * right.double().norm()  # bf16 has 8 bits
+        assert (found.double() - right.double()).norm() < 0.03 * right.double().norm()  # as above
     assert not mine.weight.grad[plain.weight.grad == 0].any()
 
 

@@ -57,7 +57,7 @@ def test_the_best_five_are_the_networks(script, trained, photos):
         best = network(images).logits.softmax(1)[0].topk(5)
         assert [re.sub(r" [\d.]+%$", "", field) for field in line[1:]] == [CLASSES[k] for k in best.indices]
         shown = [float(field.rpartition(" ")[2].rstrip("%")) for field in line[1:]]
-        assert shown == pytest.approx((100 * best.values).tolist(), abs=0.0051)
+        assert shown == pytest.approx((100 * best.values).tolist(), abs=0.01)  # of which printing takes 0.005
 
 
 def test_a_job_by_its_name(script, trained, photos, tmp_path):
