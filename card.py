@@ -22,7 +22,7 @@ from recipes import RECIPES, Recipe
 from tools import deployed, measures
 from util import environment, files, runtime
 from util.runtime import Runtime, say
-from util.text import printable
+from util.text import in_markdown
 
 # A line of the card's table: what it is, its key in the JSON, how it is written.
 LINES = [
@@ -101,6 +101,7 @@ def _side(
     whole = deployed.without_projector(trained.network)
     network = models.folded(whole).to(chosen.device)
     logits = measures.logits_of(network, jobs.in_order(dataset.test, dataset, chosen, trained.normalisation), chosen)
+    jobs.ensure_finite(logits.abs().max().item())
     name = deployed.told_of(recipe, trained, dataset)["network"]
     figures = {
         "network": models.TITLES.get(models.canonical(name), name),
@@ -115,10 +116,10 @@ def _page(card: dict[str, Any]) -> str:
     """The card as Markdown."""
     teacher, student = card["teacher"], card["student"]
     lines = [
-        f"# {card['name']}, beside its teacher",
+        f"# {in_markdown(card['name'])}, beside its teacher",
         "",
         f"On the {card['test_images']:,} test images of {card['dataset']}, {card['image_size']}x{card['image_size']} "
-        f"pixels; {card['device']}, {card['precision']}. Times are medians of repeats.",
+        f"pixels; {in_markdown(card['device'])}, {card['precision']}. Times are medians of repeats.",
         "",
         "| | teacher | student | student / teacher |",
         "|---|---:|---:|---:|",
@@ -131,8 +132,8 @@ def _page(card: dict[str, Any]) -> str:
         lines += ["Where the student loses most (top-1, %):", ""]
         lines += ["| class | images | teacher | student | difference |", "|---|---:|---:|---:|---:|"]
     for row in card["lost_most"]:
-        ours, theirs, name = row["student_top1"], row["teacher_top1"], row["class"].replace("|", "\\|")
-        lines.append(f"| {printable(name)} | {row['images']} | {theirs:.2f} | {ours:.2f} | {ours - theirs:+.2f} |")
+        ours, theirs, name = row["student_top1"], row["teacher_top1"], in_markdown(row["class"])
+        lines.append(f"| {name} | {row['images']} | {theirs:.2f} | {ours:.2f} | {ours - theirs:+.2f} |")
     if not card["lost_most"]:
         lines += ["There is no class where the student is right less often."]
     return "\n".join(lines) + "\n"

@@ -700,8 +700,18 @@ def forward_of(
 def test(trained: Trained, dataset: Dataset, runtime: Runtime) -> engine.Figures:
     """Test the network on the data set's test images; print the figures and give them."""
     figures = evaluate(trained.network, dataset, runtime, trained.normalisation)
+    ensure_finite(figures["mean_ce"])
     print_figures(figures)
     return figures
+
+
+def ensure_finite(figure: float) -> None:
+    """Raise UserError where a figure of a trained network's outputs is not finite."""
+    if not math.isfinite(figure):
+        raise UserError(
+            "the network gives NaN or infinite outputs for the test images: its weights are damaged, or the mean and "
+            "standard deviation of its images are wrong; use another checkpoint"
+        )
 
 
 def print_figures(figures: engine.Figures) -> None:
@@ -879,7 +889,9 @@ def make_teacher(trained: Trained, path: Path, setup: Setup, cache: bool, rows: 
     number, processes = int(trained.sha256[:15], 16), setup.runtime.processes
     if processes.all_reduce_max(processes.broadcast(number) != number):
         raise UserError(f"{path} has changed while the processes read it; start again")
-    top1 = evaluate(trained.network, dataset, plain(setup.runtime), trained.normalisation)["top1"]
+    figures = evaluate(trained.network, dataset, plain(setup.runtime), trained.normalisation)
+    ensure_finite(figures["mean_ce"])
+    top1 = figures["top1"]
     with suppress(OSError):
         if not path.is_file() or sha256(path) != trained.sha256:
             say(f"{path} has changed since it was read: the teacher is the one that was read ({trained.sha256[:8]})")

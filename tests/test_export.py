@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT
 from PIL import Image, ImageOps
 
+import card
 import checkpoint
 import data
 import jobs
@@ -332,6 +333,21 @@ def test_a_card_of_a_student_that_was_not_distilled(script, small, tmp_path, mon
     )  # fmt: skip
     assert ran.code == 0, ran.err
     assert ran.out.startswith("# student_resnet20, beside its teacher")
+
+
+def test_names_are_no_markup_in_a_card():
+    figures = {key: 1 for _, key, _ in card.LINES}
+    lost = {"class": "a|b\n# <b>`c`\x1b", "images": 1, "teacher_top1": 1.0, "student_top1": 0.0}
+    told = {
+        "name": "x\n# y",
+        "test_images": 1,
+        "dataset": "folder",
+        "image_size": 8,
+        "device": "<b>\n#",
+        "precision": "fp32",
+    }
+    page = card._page({**told, "teacher": figures, "student": figures, "agreement": 1.0, "lost_most": [lost]})
+    assert "| a\\|b\\\\n# &lt;b&gt;\\`c\\`\\\\x1b | 1 |" in page and not re.search("^# y|<b>|\x1b", page, re.M)
 
 
 def test_multiply_adds_are_those_of_the_convolutions(cpu, monkeypatch):

@@ -23,6 +23,7 @@ import checkpoint
 import data
 import jobs
 import models
+import report
 from images import cifar
 from recipes import RECIPES, ROWS
 from util.runstate import Keeper
@@ -603,6 +604,40 @@ def test_home_is_expanded_in_every_flag(script, small, tmp_path, monkeypatch):
 )
 def test_a_home_of_nobody_is_told(script, args):
     refused(script(*args), "~nobody-of-this-name/a", "no such home")
+
+
+def test_a_network_that_gives_nan_has_no_figures(script, small, tmp_path, scaled_like_trained):
+    network = scaled_like_trained(models.build("resnet20", 4))
+    next(module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)).running_var.fill_(-1)
+    checkpoint.save(network, tmp_path / "x.pth")
+    flags = [*small, "--student_arch", "resnet20", "--checkpoint", "x.pth"]
+    teacher = [*small, "--teacher", "x.pth", "--teacher_arch", "resnet20"]
+    refused(script("test.py", "--model_job", "student", *flags), "NaN or infinite outputs")
+    refused(script("train_distillation.py", "--student_arch", "resnet20", *teacher), "NaN or infinite outputs")
+    ran = script("card.py", "--model_job", "student", *flags, *teacher)
+    assert (
+        ran.code == 2 and ran.out == "" and "NaN or infinite outputs" in ran.err and not list(tmp_path.rglob("*card*"))
+    )
+
+
+def test_names_of_any_letters_end_no_run_and_no_report(script, small, tmp_path, capfd):
+    """A path that is no UTF-8; names of classes and files with control characters and markup; an ASCII terminal."""
+    pytest.importorskip("tensorboard")
+    root, odd = tmp_path / "caf\udce9", "\x1b[2J|<b>\n# x"
+    shutil.copytree(small[small.index("--data_dir") + 1], root, ignore=shutil.ignore_patterns(".*"))
+    for part in ("train", "test"):
+        (root / part / "class0").rename(root / part / odd)
+        (root / part / odd / f"{odd}.txt").write_text("")
+    folders = ["--checkpoint_dir", root / "c", "--results_dir", root / "r"]
+    flags = [*small, "--data_dir", root, "--epochs", 1, "--student_arch", "resnet20", "--tensorboard", *folders]
+    told = [script("train.py", "--model_job", "student", *flags)]
+    report.write(root / "r")
+    told.append(script("compare.py", root / "r" / "student_resnet20_seed0.json", "student_resnet20", *folders[2:]))
+    told.append(script("predict.py", "--model", root / "c" / "student_resnet20.pth", root / "test" / odd))
+    assert [ran.code for ran in told] == [0, 2, 0] and "needs a --results_dir in UTF-8" in told[0].err, told
+    assert not re.search("[\x1b\udce9]", "".join(ran.out + ran.err for ran in told))
+    assert len(told[2].out.splitlines()) == 3 and "caf\\xe9" in told[2].out
+    assert "caf\\xe9" in (root / "r" / "RESULTS.md").read_text()
 
 
 # as processes

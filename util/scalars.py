@@ -31,7 +31,10 @@ class Scalars:
             writer = require()
             files.ensure_writable(folder, "--results_dir")
             _empty(folder)
-            self._writer = writer(folder, purge_step=0)  # by which a TensorBoard that is open forgets the points before
+            try:
+                self._writer = writer(folder, purge_step=0)  # for an open TensorBoard to forget the points before
+            except UnicodeError:
+                say(f"going on without figures for TensorBoard, which needs a --results_dir in UTF-8: {folder} is not")
 
     def add(self, step: int, figures: Mapping[str, float]) -> None:
         """Write the figures of a step, each under its name."""
