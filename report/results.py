@@ -582,29 +582,52 @@ def _is_name(value: Any) -> bool:
 
 
 def _is_recipe(value: dict[str, Any]) -> bool:
-    return all(map(_is_name, value)) and not parsed.flaw(
-        value, dict.fromkeys(("epochs", "batch_size"), parsed.whole(1))
-    )
+    values = [part for own in value.values() for part in (own if isinstance(own, list) else [own])]
+    plain = all(part is None or isinstance(part, bool) or parsed.text(part) or _is_number(part) for part in values)
+    return plain and all(map(_is_name, value)) and not parsed.flaw(value, RECIPE_RANGES)
 
 
-PERCENT, NOT_NEGATIVE, COUNT = parsed.number(0, 100 + 1e-6), parsed.number(-1e-6), parsed.whole(1)
+def _all_text(value: dict[str, Any]) -> bool:
+    return all(map(parsed.text, value.values()))
+
+
+def _or_none(check: parsed.Check) -> parsed.Check:
+    return lambda value: value is None or check(value)
+
+
+PERCENT, COUNT, NUMBER = parsed.number(0, 100 + 1e-6), parsed.whole(1), parsed.whole(0)
+NOT_NEGATIVE = parsed.number(-1e-6)  # but for rounding
 # What figures and names may be, besides their types; each part of the result by its name.
+RECIPE_RANGES: dict[str, parsed.Check] = {
+    **dict.fromkeys(("epochs", "batch_size", "scheduler_step"), COUNT),
+    **dict.fromkeys(("learning_rate", "beta", "gamma"), NOT_NEGATIVE),
+    "alpha": lambda value: isinstance(value, str) or parsed.number(0, 1)(value),
+    "weight": _or_none(NOT_NEGATIVE),
+}
 RANGES: dict[str, dict[str, parsed.Check]] = {
     "": {
         **dict.fromkeys(("job", "name", "dataset"), _is_name),
+        **dict.fromkeys(("precision", "batch_norm", "stem", "device"), parsed.text),
         "seed": parsed.whole(0, 2**32 - 1),
         "suite": lambda value: re.fullmatch(r"[\w.]{0,100}", value) is not None,  # a part of a file's name
         "recipe": _is_recipe,
-        "teacher_top1": lambda value: value is None or PERCENT(value),
+        "teacher_top1": _or_none(PERCENT),
         "processes": COUNT,
+        "versions": _all_text,
         **dict.fromkeys(("seconds", "images_per_second", "extra_parameters", "peak_memory"), NOT_NEGATIVE),
     },
     "data": {
         **dict.fromkeys(("train_images", "test_images", "classes", "image_size"), COUNT),
-        "val_images": parsed.whole(0),
+        "val_images": NUMBER,
     },
     "test": {**dict.fromkeys(("top1", "top5"), PERCENT), **dict.fromkeys(("test_loss", "mean_ce"), NOT_NEGATIVE)},
     "claimed": {"top1": PERCENT, "epochs": COUNT},
+    "warm_start": {"epochs": COUNT, "checkpoint_sha256": parsed.text},
+}
+STRETCH_RANGES = {
+    **dict.fromkeys(("from_epoch", "from_batch", "to_epoch", "to_batch"), NUMBER),
+    "processes": COUNT,
+    "versions": _all_text,
 }
 EPOCH_RANGES = {
     **dict.fromkeys(("train_top1", "val_top1"), PERCENT),
@@ -621,6 +644,8 @@ def _impossible(values: dict[str, Any]) -> str:
     parts = {part: values[part] if part else values for part in RANGES if not part or values.get(part)}
     bad += [parsed.flaw(part, RANGES[name]) for name, part in parts.items()]
     bad += [parsed.flaw(epoch, EPOCH_RANGES) for epoch in epochs]
+    bad += [name for epoch in epochs for name, value in epoch.items() if not _is_number(value)]
+    bad += [parsed.flaw(part, STRETCH_RANGES) for part in values.get("stretches") or ()]
     in_order = all(epoch["epoch"] == number for number, epoch in enumerate(epochs, 1))
     whole = len(epochs) == values["recipe"]["epochs"] and in_order
     bad += ["epochs"] * (not (whole and all(_is_name(name) for epoch in epochs for name in epoch)))
